@@ -1,0 +1,23 @@
+"""Moving fragments to owners and results back, and agreeing across ranks."""
+
+from flashns_dist.exchange.agreement import (
+    agree_on_largest,
+    check_same_setup,
+    explain_on_every_rank,
+    gather_flags,
+)
+from flashns_dist.exchange.exchange import Exchange, Transfer
+from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
+
+__all__ = [
+    "Exchange",
+    "Route",
+    "Schedule",
+    "Segment",
+    "Transfer",
+    "agree_on_largest",
+    "check_same_setup",
+    "explain_on_every_rank",
+    "gather_flags",
+    "make_schedule",
+]

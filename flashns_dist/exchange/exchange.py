@@ -1,0 +1,175 @@
+"""Carries out a plan's transfers: fragments to owners, results back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
+from flashns_dist.plan import Plan
+
+
+@dataclass
+class Transfer:
+    """A collective under way. ``work`` is None where nothing travels or it has been waited for."""
+
+    received: Tensor
+    work: dist.Work | None
+    local: tuple[Tensor, ...]
+    sent: Tensor | None = None
+
+    def wait(self) -> None:
+        """Let the current stream (on CPU: the caller) wait for the data."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class Exchange:
+    """The transfers of one plan on one process group.
+
+    Each bucket makes two ``all_to_all_single`` calls on ``group``, asynchronous, so that the caller
+    can overlap them with other buckets' work; every rank of the group must call them in the order
+    of the buckets. With one rank, nothing is communicated. At most two buckets may be under way:
+    their buffers are reserved once and used in turn.
+
+    Args:
+        plan: The same on every rank of the group.
+        group: The process group (None in a single process).
+        group_rank: This process's rank in the group.
+        device: Where the tensors live.
+        wire_dtype: Dtype that travels, both ways, and that matrices are orthogonalized from.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: dist.ProcessGroup | None,
+        group_rank: int,
+        device: torch.device,
+        wire_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.plan = plan
+        self.schedules = tuple(make_schedule(plan, bucket, group_rank) for bucket in plan.buckets)
+        self._moves = tuple(plan.moves(bucket) for bucket in range(len(plan.buckets)))
+        self._group = group
+        self._device = device
+        self._dtype = wire_dtype
+        sizes = [
+            max((sum(splits(schedule)) for schedule in self.schedules), default=0)
+            for splits in (
+                lambda s: s.gather.send_splits,
+                lambda s: s.gather.receive_splits,
+                lambda s: s.scatter.send_splits,
+                lambda s: s.scatter.receive_splits,
+            )
+        ]
+        self._buffers = [
+            [torch.empty(size, dtype=wire_dtype, device=device) for size in sizes]
+            for _ in range(min(2, len(self.schedules)))
+        ]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes reserved for transfers on this rank."""
+        return sum(b.numel() * b.element_size() for pair in self._buffers for b in pair)
+
+    def start_gather(self, bucket: int, directions: Sequence[Tensor]) -> Transfer:
+        """Send this rank's pieces of a bucket to the owners.
+
+        Args:
+            bucket: Index of the bucket.
+            directions: For each of the schedule's held pieces, a tensor shaped like its box, of any
+                float dtype; cast to the wire dtype while packing.
+        """
+        route = self.schedules[bucket].gather
+        sources = [directions[segment.held] for segment in route.sends]
+        local = tuple(directions[segment.held] for segment in route.local)
+        return self._start(bucket, 0, route, sources, local)
+
+    def finish_gather(self, bucket: int, transfer: Transfer, into: Mapping[int, Tensor]) -> None:
+        """Write the gathered boxes into the owned matrices.
+
+        Args:
+            bucket: Index of the bucket.
+            transfer: What ``start_gather`` returned.
+            into: For each owned matrix, a tensor that holds its block (shaped like the block's box).
+        """
+        transfer.wait()
+        route = self.schedules[bucket].gather
+        targets = [self._inside(into[s.matrix], s) for s in (*route.receives, *route.local)]
+        values = [_segment(transfer.received, s) for s in route.receives] + list(transfer.local)
+        _copy(targets, values)
+
+    def start_scatter(self, bucket: int, results: Mapping[int, Tensor]) -> Transfer:
+        """Send the owned matrices' results to the ranks that store them.
+
+        Args:
+            bucket: Index of the bucket.
+            results: For each owned matrix, its result shaped like the block's box.
+        """
+        route = self.schedules[bucket].scatter
+        sources = [self._inside(results[s.matrix], s) for s in route.sends]
+        local = tuple(self._inside(results[s.matrix], s) for s in route.local)
+        return self._start(bucket, 2, route, sources, local)
+
+    def finish_scatter(self, bucket: int, transfer: Transfer) -> list[Tensor]:
+        """The result for each of the schedule's held pieces, in the wire dtype.
+
+        They are views of a reserved buffer: use them before the next-but-one bucket is scattered.
+        """
+        transfer.wait()
+        schedule = self.schedules[bucket]
+        updates: list[Tensor | None] = [None] * len(schedule.held)
+        for segment in schedule.scatter.receives:
+            updates[segment.held] = _segment(transfer.received, segment)
+        for segment, value in zip(schedule.scatter.local, transfer.local, strict=True):
+            updates[segment.held] = value
+        complete = [update for update in updates if update is not None]
+        assert len(complete) == len(updates), "a held piece has no supplier"
+        return complete
+
+    def _start(
+        self,
+        bucket: int,
+        first_buffer: int,
+        route: Route,
+        sources: Sequence[Tensor],
+        local: tuple[Tensor, ...],
+    ) -> Transfer:
+        pair = self._buffers[bucket % 2]
+        sent = pair[first_buffer][: sum(route.send_splits)]
+        received = pair[first_buffer + 1][: sum(route.receive_splits)]
+        _copy([_segment(sent, segment) for segment in route.sends], sources)
+        work = None
+        if self._moves[bucket]:
+            work = dist.all_to_all_single(
+                received,
+                sent,
+                list(route.receive_splits),
+                list(route.send_splits),
+                group=self._group,
+                async_op=True,
+            )
+        return Transfer(received, work, local, sent)
+
+    def _inside(self, matrix: Tensor, segment: Segment) -> Tensor:
+        block = self.plan.matrices[segment.matrix].block.box
+        return matrix if segment.box == block else matrix[segment.box.slices_in(block)]
+
+
+def _segment(buffer: Tensor, segment: Segment) -> Tensor:
+    """A segment of a flat buffer, shaped like its box."""
+    return buffer.narrow(0, segment.offset, segment.box.numel).view(segment.box.size)
+
+
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(values))
+
+
+__all__ = ["Exchange", "Schedule", "Transfer"]

@@ -1,0 +1,112 @@
+"""What one rank packs, sends, receives and unpacks for one bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flashns_dist.layout import Box, Piece, rank_pieces
+from flashns_dist.plan import Plan
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A box of one matrix in a buffer, or in place where it does not travel.
+
+    ``offset`` counts elements from the start of the buffer; ``held`` is the index of the piece
+    among those that this rank stores (-1 on a side that does not store it).
+    """
+
+    matrix: int
+    box: Box
+    offset: int
+    held: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """One direction of one bucket: segments by peer, in the order in which both sides pack them."""
+
+    sends: tuple[Segment, ...]
+    receives: tuple[Segment, ...]
+    local: tuple[Segment, ...]
+    send_splits: tuple[int, ...]
+    receive_splits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One bucket as one rank sees it.
+
+    Attributes:
+        held: Every piece of the bucket's matrices that this rank stores, as (matrix, piece).
+        owned: Matrices that this rank orthogonalizes.
+        gather: Fragments to owners.
+        scatter: Results to holders.
+    """
+
+    held: tuple[tuple[int, Piece], ...]
+    owned: tuple[int, ...]
+    gather: Route
+    scatter: Route
+
+
+def make_schedule(plan: Plan, bucket: Iterable[int], group_rank: int) -> Schedule:
+    """Derive one rank's part of a bucket from the plan, without communication."""
+    bucket = tuple(bucket)
+    held: list[tuple[int, Piece]] = []
+    position: dict[tuple[int, Box], int] = {}
+    for index in bucket:
+        matrix = plan.matrices[index]
+        for piece in rank_pieces(matrix.layout, matrix.block, group_rank):
+            position[index, piece.box] = len(held)
+            held.append((index, piece))
+    gather, scatter = _Router(plan.group_size, group_rank), _Router(plan.group_size, group_rank)
+    for index in bucket:
+        mine = group_rank in plan.owners[index]
+        for box, holders in plan.boxes(index):
+            at = position.get((index, box), -1)
+            if at < 0 and not mine:
+                continue
+            for owner in plan.owners[index]:
+                gather.add(plan.source(index, owner, holders), owner, index, box, at)
+            for holder in holders:
+                scatter.add(plan.supplier(index, holder, holders), holder, index, box, at)
+    owned = tuple(index for index in bucket if group_rank in plan.owners[index])
+    return Schedule(tuple(held), owned, gather.route(), scatter.route())
+
+
+class _Router:
+    """Collects the segments of one direction and lays them out by peer."""
+
+    def __init__(self, group_size: int, group_rank: int) -> None:
+        self._rank = group_rank
+        self._sends: list[list[tuple[int, Box, int]]] = [[] for _ in range(group_size)]
+        self._receives: list[list[tuple[int, Box, int]]] = [[] for _ in range(group_size)]
+        self._local: list[Segment] = []
+
+    def add(self, source: int, target: int, matrix: int, box: Box, held: int) -> None:
+        if source == target == self._rank:
+            self._local.append(Segment(matrix, box, -1, held))
+        elif source == self._rank:
+            self._sends[target].append((matrix, box, held))
+        elif target == self._rank:
+            self._receives[source].append((matrix, box, held))
+
+    def route(self) -> Route:
+        sends, send_splits = _lay_out(self._sends)
+        receives, receive_splits = _lay_out(self._receives)
+        return Route(sends, receives, tuple(self._local), send_splits, receive_splits)
+
+
+def _lay_out(
+    by_peer: list[list[tuple[int, Box, int]]],
+) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
+    segments, splits, offset = [], [], 0
+    for peer in by_peer:
+        begin = offset
+        for matrix, box, held in peer:
+            segments.append(Segment(matrix, box, offset, held))
+            offset += box.numel
+        splits.append(offset - begin)
+    return tuple(segments), tuple(splits)

@@ -1,0 +1,21 @@
+"""How a matrix lies across ranks."""
+
+from flashns_dist.layout.dtensor import placements_layout
+from flashns_dist.layout.fragment import Box, Fragment
+from flashns_dist.layout.layout import Layout, even_flat_layout, flat_layout, replicated_layout
+from flashns_dist.layout.matrix import Block, Piece, block_holders, leading_blocks, rank_pieces
+
+__all__ = [
+    "Block",
+    "Box",
+    "Fragment",
+    "Layout",
+    "Piece",
+    "block_holders",
+    "even_flat_layout",
+    "flat_layout",
+    "leading_blocks",
+    "placements_layout",
+    "rank_pieces",
+    "replicated_layout",
+]

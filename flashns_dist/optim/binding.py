@@ -1,0 +1,162 @@
+"""Where each parameter lies: the three answers that an adapter gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashns_dist.layout import Block, Layout, leading_blocks, placements_layout, replicated_layout
+
+
+@dataclass(frozen=True, eq=False)
+class BoundParameter:
+    """One logical parameter: its layout, its process group, and where this rank keeps its part.
+
+    Attributes:
+        name: For errors and for comparing ranks.
+        storage: The tensor that the optimizer holds (a parameter, or a flat buffer of many).
+        group_index: Index of its group in ``param_groups``.
+        layout: How it lies across ``process_group``.
+        process_group: Whose ranks store it; None where this process is alone.
+        group_rank: This process's rank there.
+        local: Maps the storage, its gradient or a state of the same shape to this rank's part:
+            an array that the layout's fragments of this rank index into.
+        blocks: Its matrices.
+    """
+
+    name: str
+    storage: Tensor
+    group_index: int
+    layout: Layout
+    process_group: dist.ProcessGroup | None
+    group_rank: int
+    local: Callable[[Tensor], Tensor]
+    blocks: tuple[Block, ...]
+
+    @property
+    def group_ranks(self) -> tuple[int, ...]:
+        """Global ranks of the process group."""
+        if self.process_group is None:
+            return (0,)
+        return tuple(dist.get_process_group_ranks(self.process_group))
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank of the group stores all of it."""
+        return self.layout.num_replicas == self.layout.group_size > 1
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """This rank's part of the gradient, or None."""
+        grad = self.storage.grad
+        if grad is None:
+            return None
+        check_gradient(self.name, self.storage, grad)
+        return self.local(grad)
+
+
+def check_gradient(name: str, storage: Tensor, grad: Tensor) -> None:
+    """Raise ValueError where a gradient cannot belong to its parameter.
+
+    Raises:
+        ValueError: The gradient is sparse or lies elsewhere than the parameter (a pending
+            reduction, another mesh or other placements).
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(f"{name}: sparse gradients are not supported; use sparse=False")
+    ours, theirs = getattr(storage, "placements", None), getattr(grad, "placements", None)
+    if ours != theirs:
+        raise ValueError(
+            f"{name}: its gradient has placements {theirs}, the parameter has {ours}. Reduce or "
+            "redistribute the gradient to the parameter's placements before step()."
+        )
+
+
+def bind_parameter(
+    name: str, param: Tensor, group_index: int, replica_group: dist.ProcessGroup | None
+) -> BoundParameter:
+    """Bind a DTensor by its placements, or a plain tensor as a replica on ``replica_group``.
+
+    Collectives: none for a one-axis mesh or one that spans the world; else a process group of the
+    mesh's ranks is made the first time (they all must get here).
+
+    Raises:
+        NotImplementedError: A placement is not supported, or the local shard's shape is not what
+            the placements say.
+    """
+    shape = tuple(int(size) for size in param.shape)
+    blocks = leading_blocks(shape) if len(shape) >= 2 else ()
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is None:
+        size = dist.get_world_size(replica_group) if replica_group is not None else 1
+        group_rank = dist.get_rank(replica_group) if replica_group is not None else 0
+        layout = replicated_layout(shape, size)
+        return BoundParameter(
+            name, param, group_index, layout, replica_group, group_rank, _identity, blocks
+        )
+    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    process_group = _mesh_group(mesh, ranks)
+    members = dist.get_process_group_ranks(process_group) if process_group is not None else ranks
+    order = {rank: tuple(int(c) for c in _coordinate(mesh, rank)) for rank in ranks}
+    layout = placements_layout(
+        shape,
+        param.placements,  # type: ignore[attr-defined]
+        tuple(mesh.mesh.shape),
+        tuple(order[rank] for rank in members),
+        name=name,
+    )
+    group_rank = dist.get_rank(process_group)
+    stored, expected = local_part(param).numel(), layout.local_numel(group_rank)
+    if stored != expected:
+        raise NotImplementedError(
+            f"{name}: rank {dist.get_rank()} stores {stored} elements of {shape}, but its "
+            f"placements {param.placements} say {expected}. "  # type: ignore[attr-defined]
+            "Pad the dim so that it divides evenly."
+        )
+    return BoundParameter(
+        name, param, group_index, layout, process_group, group_rank, local_part, blocks
+    )
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """A DTensor's local shard, or the tensor itself; detached."""
+    local: Any = getattr(tensor, "_local_tensor", tensor)
+    return local.detach()  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=None)
+def _coordinates(mesh: Any) -> dict[int, tuple[int, ...]]:
+    ranks = mesh.mesh
+    return {
+        int(ranks[tuple(index)]): tuple(int(i) for i in index)
+        for index in torch.ones_like(ranks).nonzero()
+    }
+
+
+def _coordinate(mesh: Any, rank: int) -> tuple[int, ...]:
+    return _coordinates(mesh)[rank]
+
+
+_GROUPS: dict[tuple[Any, ...], dist.ProcessGroup] = {}
+
+
+def _mesh_group(mesh: Any, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """One process group over all ranks of a mesh, made at most once."""
+    if len(set(ranks)) == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh.ndim == 1:
+        return mesh.get_group()  # type: ignore[no-any-return]
+    key = (id(dist.group.WORLD), tuple(sorted(ranks)))
+    if key not in _GROUPS:
+        _GROUPS[key] = dist.new_group(sorted(ranks), use_local_synchronization=True)
+    return _GROUPS[key]

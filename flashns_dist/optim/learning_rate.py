@@ -1,0 +1,41 @@
+"""Learning-rate scales by matrix shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import TypeAlias
+
+AdjustLr: TypeAlias = "str | None | Callable[[tuple[int, int]], float]"
+
+_SCALES: dict[str, Callable[[int, int], float]] = {
+    # As torch.optim.Muon: the update's spectral norm grows with tall matrices only.
+    "original": lambda rows, cols: sqrt(max(1.0, rows / cols)),
+    # Moonshot (arXiv 2502.16982): the update's RMS matches AdamW's, so that its lr can be kept.
+    "match_rms_adamw": lambda rows, cols: 0.2 * sqrt(max(rows, cols)),
+    # Modular duality (arXiv 2410.21265): spectral norm sqrt(out / in).
+    "spectral": lambda rows, cols: sqrt(rows / cols),
+    "none": lambda rows, cols: 1.0,
+}
+
+
+def check_adjust_lr(adjust_lr_fn: AdjustLr) -> None:
+    """Raise ValueError for an unknown name."""
+    if adjust_lr_fn is None or callable(adjust_lr_fn) or adjust_lr_fn in _SCALES:
+        return
+    raise ValueError(
+        f"adjust_lr_fn={adjust_lr_fn!r} is unknown; use one of {sorted(_SCALES)}, None (the same as "
+        '"original", as in torch.optim.Muon) or a callable from (rows, cols) to a factor'
+    )
+
+
+def learning_rate_scale(adjust_lr_fn: AdjustLr, shape: tuple[int, int]) -> float:
+    """The factor on the learning rate of a ``(rows, cols)`` = (out, in) matrix.
+
+    The learning rate times this factor is the spectral norm of one step's change.
+    """
+    if adjust_lr_fn is None:
+        adjust_lr_fn = "original"
+    if callable(adjust_lr_fn):
+        return float(adjust_lr_fn(shape))
+    return _SCALES[adjust_lr_fn](*shape)

@@ -1,0 +1,73 @@
+"""The products that an orthogonalization consists of, as one small interface.
+
+Every backend (torch, Triton, quack) provides the same four operations. ``torch`` is the reference
+that the others are checked against. All tensors are batched: ``x`` is ``(batch, n, m)`` with
+``n <= m``, Gram-space matrices are ``(batch, n, n)`` and symmetric. Scalars may be Python floats or
+fp32 tensors of shape ``(batch,)`` (one per matrix). Products accumulate in fp32 and round once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+Scalar: TypeAlias = "float | Tensor"
+
+
+class Kernels(Protocol):
+    """One backend. Methods allocate their result unless ``out`` is given; inputs never change."""
+
+    name: str
+
+    def normalize(
+        self, x: Tensor, *, dtype: object, transpose: bool, scale: Scalar = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """``x * scale / ||x||_F`` in ``dtype``, transposed if asked, and the fp32 norms ``(batch,)``.
+
+        The norm is taken in fp32 without overflow or underflow for any finite input; a zero matrix
+        stays zero. Reads ``x`` from memory once where it can.
+        """
+        ...
+
+    def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
+        """``alpha * x x^T`` (exactly symmetric)."""
+        ...
+
+    def symmetric(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        gamma: Scalar = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``alpha * a b + beta * c + gamma * I``, exactly symmetric.
+
+        ``a`` and ``b`` commute in exact arithmetic (polynomials of one Gram matrix), so that the
+        product is symmetric and only half of its tiles need computing.
+        """
+        ...
+
+    def product(
+        self,
+        a: Tensor,
+        x: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        column_scale: Tensor | None = None,
+        transpose: bool = False,
+        dtype: object = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``alpha * (a diag(column_scale)) x + beta * c``, written transposed if asked.
+
+        ``column_scale`` is ``(batch, n)`` fp32, the row scale of an AOL preconditioner folded into
+        the last product. ``dtype`` is the output's (default: ``x.dtype``).
+        """
+        ...

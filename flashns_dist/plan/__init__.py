@@ -1,0 +1,7 @@
+"""Who orthogonalizes what, and when."""
+
+from flashns_dist.plan.cost import CostModel
+from flashns_dist.plan.plan import Matrix, Plan, Prediction
+from flashns_dist.plan.planner import DEFAULT_BUCKET_BYTES, make_plan
+
+__all__ = ["DEFAULT_BUCKET_BYTES", "CostModel", "Matrix", "Plan", "Prediction", "make_plan"]

@@ -1,0 +1,122 @@
+"""Who orthogonalizes what, and in which order: frozen data, the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from flashns_dist.layout import Block, Box, Layout, block_holders, rank_pieces
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to orthogonalize.
+
+    Attributes:
+        name: Name of its parameter (for errors).
+        tensor: Index of its parameter among those of the process group.
+        layout: How the parameter lies across the group.
+        block: Which box of the parameter it is.
+        kind: Whatever must agree for matrices to be batched together (method, coefficients, dtype),
+            as text.
+    """
+
+    name: str
+    tensor: int
+    layout: Layout
+    block: Block
+    kind: str = ""
+
+    @property
+    def numel(self) -> int:
+        return self.block.box.numel
+
+    @cached_property
+    def digest(self) -> str:
+        box = self.block.box
+        text = repr((self.name, self.layout.digest, box, self.block.shape, self.kind))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the cost model expects of one step on one group.
+
+    Attributes:
+        compute_seconds: Orthogonalization per group rank.
+        sent_bytes: Bytes each group rank sends to others, both ways together.
+        step_seconds: Of the exchange and the orthogonalization, overlapped.
+    """
+
+    compute_seconds: tuple[float, ...]
+    sent_bytes: tuple[float, ...]
+    step_seconds: float
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean orthogonalization time; 1 is perfect."""
+        mean = sum(self.compute_seconds) / max(len(self.compute_seconds), 1)
+        return max(self.compute_seconds, default=0.0) / mean if mean else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Owners and buckets.
+
+    Attributes:
+        group_size: Ranks in the process group.
+        matrices: What is orthogonalized, in the order of the parameters.
+        owners: For each matrix, the group ranks that orthogonalize it: one where the work is
+            shared by all replicas, several where groups of replicas (or each one) repeat it.
+        buckets: Indices of the matrices that move and are orthogonalized together, in order.
+        prediction: What the cost model expects.
+    """
+
+    group_size: int
+    matrices: tuple[Matrix, ...]
+    owners: tuple[tuple[int, ...], ...]
+    buckets: tuple[tuple[int, ...], ...]
+    prediction: Prediction
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that is equal on all ranks exactly when their plans are."""
+        parts = [m.digest for m in self.matrices]
+        text = repr((self.group_size, parts, self.owners, self.buckets))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def replica_of(self, index: int, owner: int) -> int:
+        """Which replica an owner reads from: the one that it belongs to, if it stores a part."""
+        matrix = self.matrices[index]
+        pieces = rank_pieces(matrix.layout, matrix.block, owner)
+        if not pieces:
+            return index
+        return matrix.layout.holders[pieces[0].fragment.box].index(owner)
+
+    def source(self, index: int, owner: int, holders: tuple[int, ...]) -> int:
+        """The holder that sends its copy of a box of matrix ``index`` to ``owner``."""
+        if owner in holders:
+            return owner
+        return holders[self.replica_of(index, owner) % len(holders)]
+
+    def supplier(self, index: int, holder: int, holders: tuple[int, ...]) -> int:
+        """The owner that sends the result for a box of matrix ``index`` to ``holder``."""
+        owners = self.owners[index]
+        if holder in owners:
+            return holder
+        return owners[holders.index(holder) * len(owners) // len(holders)]
+
+    def boxes(self, index: int) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        """The distinct boxes of matrix ``index``, each with the group ranks that store it."""
+        matrix = self.matrices[index]
+        return block_holders(matrix.layout, matrix.block)
+
+    def moves(self, bucket: int) -> bool:
+        """Whether any rank sends anything for a bucket; if not, its collectives are left out."""
+        for index in self.buckets[bucket]:
+            owners = set(self.owners[index])
+            for _, holders in self.boxes(index):
+                if owners != set(holders):
+                    return True
+        return False
