@@ -1,0 +1,1 @@
+"""What people run: training under torchrun, framework launchers, benchmarks. Nothing imports it."""

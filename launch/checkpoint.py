@@ -1,0 +1,83 @@
+"""Checkpoints that any number of processes, on any mesh, can continue from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from launch.model import ModelConfig
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write the model and the optimizers, each rank its own shards. Called on every rank."""
+    save(_state(model, optimizers), checkpoint_id=str(path))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Read a checkpoint into the model and the optimizers. Called on every rank.
+
+    The mesh may differ from the one that wrote it: every rank reads what it needs.
+    """
+    state = _state(model, optimizers)
+    load(state, checkpoint_id=str(path))
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizers, state["optimizer"])
+
+
+def describe_checkpoint(path: Path, step: int, config: ModelConfig) -> None:
+    """Write beside a checkpoint how far it is and which model it holds. One rank calls it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "run.json").write_text(json.dumps({"step": step, "model": asdict(config)}, indent=2))
+
+
+def find_checkpoint(resume: Path) -> Path:
+    """Return `resume` if it is a checkpoint, else the last complete one of that run.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    # DCP writes .metadata last: a checkpoint without it was cut short.
+    folders = [resume, *sorted((resume / "checkpoints").glob("step-*"), reverse=True)]
+    for folder in folders:
+        if (folder / ".metadata").is_file() and (folder / "run.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"--resume {resume}: no complete checkpoint there. Give a run that wrote one."
+    )
+
+
+def checkpoint_step(path: Path, config: ModelConfig) -> int:
+    """Return the step that a checkpoint continues at.
+
+    Raises:
+        ValueError: It holds a model of another shape.
+    """
+    described = json.loads((path / "run.json").read_text())
+    mine = asdict(config)
+    for name, value in described["model"].items():
+        if mine.get(name) != value:
+            raise ValueError(
+                f"{path}: the model there has {name}={value}, and this run has {mine.get(name)}. "
+                "Resume with the arguments of the run that wrote it."
+            )
+    return int(described["step"])
+
+
+def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizers),
+    }

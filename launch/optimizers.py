@@ -1,0 +1,92 @@
+"""The optimizers that the main job compares, behind one list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+NAMES = ("flashmuon", "torch-muon", "adamw")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyper-parameters, the same meaning for every optimizer.
+
+    Attributes:
+        name: One of `NAMES`.
+        lr: Learning rate of the matrices under Muon.
+        aux_lr: Learning rate of everything under AdamW; with `adamw`, of all parameters.
+        weight_decay: Decoupled weight decay of the matrices; with `adamw`, of all matrices.
+        momentum: Momentum of Muon.
+        betas: Decay rates of AdamW's moments.
+    """
+
+    name: str = "flashmuon"
+    lr: float = 0.02
+    aux_lr: float = 3e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Create the optimizers of a run, over the sharded parameters of `model`.
+
+    Raises:
+        ValueError: An unknown name.
+        NotImplementedError: `torch-muon` with a PyTorch that has none.
+    """
+    if config.name == "flashmuon":
+        return [_flashmuon(model, config)]
+    if config.name == "torch-muon":
+        return _torch_muon(model, config)
+    if config.name == "adamw":
+        return [_adamw(list(model.parameters()), config, config.weight_decay)]
+    raise ValueError(f"--optimizer {config.name}: unknown. Choose from {', '.join(NAMES)}.")
+
+
+def _flashmuon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    from flashns_dist import FlashMuon, parameter_groups
+
+    return FlashMuon(
+        parameter_groups(model),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        aux_lr=config.aux_lr,
+        betas=config.betas,
+    )
+
+
+def _torch_muon(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    if not hasattr(torch.optim, "Muon"):
+        raise NotImplementedError(
+            f"--optimizer torch-muon: PyTorch {torch.__version__} has no torch.optim.Muon. "
+            "Install PyTorch 2.9 or newer, or use flashmuon."
+        )
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and not name.startswith(("embedding.", "head."))
+        (matrices if is_matrix else rest).append(parameter)
+    muon = torch.optim.Muon(
+        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    return [muon, _adamw(rest, config, 0.0)]
+
+
+def _adamw(
+    parameters: list[nn.Parameter], config: OptimizerConfig, weight_decay: float
+) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.aux_lr,
+        betas=config.betas,
+    )

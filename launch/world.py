@@ -1,0 +1,106 @@
+"""This process among the others of a run: rank, device, threads, process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, as this process sees them.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+        device: Where this process computes.
+        distributed: Whether there is a process group; not under plain `python`.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    distributed: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes the files of the run."""
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> float:
+        """Average a scalar over all ranks; one all-reduce on the default group."""
+        total = value.detach().to(torch.float64 if self.device.type == "cpu" else torch.float32)
+        if self.distributed:
+            dist.all_reduce(total)
+        return float(total) / self.size
+
+    def agree(self, text: str) -> str:
+        """Return rank 0's text on every rank; one broadcast on the default group."""
+        if not self.distributed:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, src=0, device=self.device)
+        return texts[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.distributed:
+            dist.barrier()
+
+
+@contextmanager
+def joined_world(device_name: str | None, threads: int | None) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end.
+
+    Args:
+        device_name: `cpu` or `cuda`; None takes CUDA where there is a GPU for each process.
+        threads: CPU threads of this process; None shares the cores between the processes of this
+            host, where torchrun would leave one to each.
+
+    A process group that exists already is used and left alone.
+
+    Raises:
+        ValueError: CUDA is asked for and there is no GPU for this process.
+    """
+    joined = dist.is_initialized()
+    distributed = joined or "RANK" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(device_name, local_rank, local_size)
+    if threads or distributed:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        torch.set_num_threads(threads or max(1, (cores or os.cpu_count() or 1) // local_size))
+    if not distributed:
+        yield World(rank=0, size=1, device=device, distributed=False)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if joined:
+        pass
+    elif device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device, distributed=True)
+    finally:
+        if not joined:
+            dist.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int, local_size: int) -> torch.device:
+    num_gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "cuda" and num_gpus < local_size:
+        raise ValueError(
+            f"--device cuda: {local_size} processes on this host and {num_gpus} GPUs. "
+            "Start at most one process per GPU, or pass --device cpu."
+        )
+    return torch.device("cuda", local_rank) if 0 < local_size <= num_gpus else torch.device("cpu")
