@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 Scalar: TypeAlias = "float | Tensor"
@@ -21,11 +22,11 @@ class Kernels(Protocol):
     name: str
 
     def normalize(
-        self, x: Tensor, *, dtype: object, transpose: bool, scale: Scalar = 1.0
+        self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """``x * scale / ||x||_F`` in ``dtype``, transposed if asked, and the fp32 norms ``(batch,)``.
+        """``x * scale / ||x||_F`` in ``dtype``, transposed if asked, and the norms ``(batch,)``.
 
-        The norm is taken in fp32 without overflow or underflow for any finite input; a zero matrix
+        The norms are fp32, taken without overflow or underflow for any finite input; a zero matrix
         stays zero. Reads ``x`` from memory once where it can.
         """
         ...
@@ -62,7 +63,7 @@ class Kernels(Protocol):
         beta: Scalar = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
-        dtype: object = None,
+        dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """``alpha * (a diag(column_scale)) x + beta * c``, written transposed if asked.

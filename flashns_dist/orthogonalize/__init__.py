@@ -1,0 +1,34 @@
+"""Orthogonalization of matrices on one device: methods, coefficients, restarts and their cost.
+
+``orthogonalize`` is the function that everything else in ``flashns_dist`` calls.
+"""
+
+from flashns_dist.orthogonalize.coefficients import (
+    AOL_FLASH,
+    KELLER_JORDAN,
+    POLAR_EXPRESS,
+    PRESETS,
+    YOU,
+    Coefficients,
+    resolve_coefficients,
+)
+from flashns_dist.orthogonalize.cost import choose_method, flop_count
+from flashns_dist.orthogonalize.entry import CoefficientsLike, orthogonalize
+from flashns_dist.orthogonalize.methods import METHODS
+from flashns_dist.orthogonalize.solver import polar_express
+
+__all__ = [
+    "AOL_FLASH",
+    "KELLER_JORDAN",
+    "METHODS",
+    "POLAR_EXPRESS",
+    "PRESETS",
+    "YOU",
+    "Coefficients",
+    "CoefficientsLike",
+    "choose_method",
+    "flop_count",
+    "orthogonalize",
+    "polar_express",
+    "resolve_coefficients",
+]

@@ -1,0 +1,89 @@
+"""The public function: orthogonalize a batch of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.coefficients import Coefficients, resolve_coefficients
+from flashns_dist.orthogonalize.cost import choose_method
+from flashns_dist.orthogonalize.kernels import BACKENDS, get_kernels
+from flashns_dist.orthogonalize.methods import check_coefficients, find_method
+
+CoefficientsLike: TypeAlias = Coefficients | str | Iterable[Iterable[float]]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def orthogonalize(
+    x: Tensor,
+    *,
+    method: str = "auto",
+    coefficients: CoefficientsLike | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Approximates the polar factor ``U V^T`` of each matrix ``X = U S V^T`` of a batch.
+
+    A zero matrix gives zeros, and a NaN or infinity spoils its own matrix only. On the CPU the
+    result for a matrix is bitwise the same whatever else is in its batch.
+
+    Args:
+        x: ``(..., n, m)``, tall or wide, float16, bfloat16, float32 or float64, any strides and any
+            finite scale; not changed. Gradients do not flow through.
+        method: ``"auto"`` (the cheaper of ``"standard"`` and ``"gram"`` for the shape);
+            ``"standard"``: Newton-Schulz on ``X``; ``"gram"``: the same steps on ``X X^T``;
+            ``"aol"``: AOL-preconditioned, four steps, a different result (see ``aol.py``).
+        coefficients: A ``Coefficients`` object, the name of a preset, or rows ``(a, b, c)`` for the
+            normalization of ``method``. Default: the method's own.
+        dtype: Of the iteration, any of the four. Default: float16 on an accelerator, whose matrix
+            units it is as fast on as bfloat16 and eight times as exact; float32 on the CPU, which
+            has no such units.
+        backend: ``"torch"``, ``"triton"``, ``"quack"``, or ``"auto"`` for the fastest present.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If ``x`` has fewer than two dimensions or another dtype, or if ``method``,
+            ``coefficients``, ``dtype`` or ``backend`` is unknown or does not fit the others.
+        ImportError: If the backend asked for is not installed.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: needs (..., n, m), at least two dims.")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: needs float16, bfloat16, float32 or float64.")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: needs float16, bfloat16, float32 or float64.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
+    rows, columns = x.shape[-2:]
+    chosen = None if coefficients is None else _coefficients(method, coefficients)
+    name = choose_method(rows, columns, chosen) if method == "auto" else method
+    algorithm = find_method(name)
+    chosen = chosen or algorithm.default
+    check_coefficients(name, chosen)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    iteration_dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.float16)
+    flat = x.reshape(-1, rows, columns)
+    shape = (flat.shape[0], min(rows, columns), max(rows, columns))
+    kernels = get_kernels(backend, device=x.device, shape=shape, dtype=iteration_dtype)
+    # CPU libraries may sum in another order for another batch size, so there each matrix is alone.
+    batches = flat.split(1) if x.device.type == "cpu" else (flat,)
+    transpose = rows > columns
+    results = [
+        algorithm.iteration(kernels, batch, chosen, dtype=iteration_dtype, transpose=transpose)
+        for batch in batches
+    ]
+    return torch.cat(results).reshape(x.shape) if len(results) > 1 else results[0].reshape(x.shape)
+
+
+def _coefficients(method: str, coefficients: CoefficientsLike) -> Coefficients:
+    """The coefficients asked for; bare rows take the normalization of the method."""
+    default = find_method("gram" if method == "auto" else method).default
+    return resolve_coefficients(coefficients, default)

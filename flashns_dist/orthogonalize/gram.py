@@ -1,0 +1,92 @@
+"""Gram Newton-Schulz: the steps run on ``X X^T``, and ``X`` is multiplied once at the end."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.coefficients import Coefficients
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.restarts import restart_positions
+from flashns_dist.orthogonalize.stages import add_identity, entry_scale, step_factor
+
+
+def gram(
+    kernels: Kernels,
+    x: Tensor,  # (8, 1024, 4096), or (8, 4096, 1024) with transpose
+    coefficients: Coefficients,
+    *,
+    dtype: torch.dtype,
+    transpose: bool,
+) -> Tensor:
+    """Orthogonalizes by the Gram iteration with restarts (gram-newton-schulz, Zhang et al. 2026).
+
+    With ``R = X X^T`` and ``Q = I``, a step maps ``Q`` to ``Q h(R)`` and ``R`` to ``h(R) R h(R)``;
+    in exact arithmetic ``Q X`` equals the standard iteration's ``X``. At a restart ``X`` becomes
+    ``Q X`` and the Gram matrix is computed anew, because rounding errors in ``R`` grow.
+
+    Args:
+        kernels: The backend.
+        x: ``(batch, rows, columns)``, any float dtype; not changed.
+        coefficients: Normalized by the Frobenius norm.
+        dtype: Of the iteration.
+        transpose: Whether ``x`` is tall, so that the iteration runs on its transpose.
+
+    Returns:
+        The shape and dtype of ``x``.
+    """
+    n, m = sorted(x.shape[-2:])
+    size = entry_scale(n, m)
+    current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
+    bounds = (0, *restart_positions(coefficients), coefficients.num_steps)
+    for begin, end in pairwise(bounds):
+        first, last = begin == 0, end == coefficients.num_steps
+        # X and its Gram matrix are stored larger than they are at first, away from underflow.
+        matrix = kernels.gram(current, alpha=n / size**2 if first else 1.0)
+        factor, shift = run_steps(
+            kernels, matrix, coefficients.rows[begin:end], 1.0 / n if first else 1.0
+        )
+        weight = 1.0 / size if first else 1.0
+        current = kernels.product(
+            factor,
+            current,
+            alpha=weight,
+            c=current if shift else None,
+            beta=shift * weight,
+            transpose=transpose and last,
+            dtype=x.dtype if last else dtype,
+        )
+    return current
+
+
+def run_steps(
+    kernels: Kernels,
+    matrix: Tensor,  # (8, 1024, 1024)
+    rows: tuple[tuple[float, ...], ...],
+    scale: Scalar = 1.0,
+) -> tuple[Tensor, float]:
+    """The factor ``F + shift * I`` by which some steps without a restart multiply ``X``.
+
+    Args:
+        kernels: The backend.
+        matrix: ``(batch, n, n)``, the Gram matrix divided by ``scale``.
+        rows: The steps' coefficients.
+        scale: Folded into the first step's products.
+
+    Returns:
+        ``F`` of shape ``(batch, n, n)``, and ``shift``: the first ``a`` if there is one step, and 0
+        otherwise.
+    """
+    product = kernels.symmetric
+    factor = step_factor(kernels, matrix, rows[0], scale)
+    if len(rows) == 1:
+        return factor, rows[0][0]
+    total = add_identity(factor, rows[0][0])
+    for (a, *_), row in pairwise(rows):
+        half = product(matrix, factor, alpha=scale, c=matrix, beta=a * scale)
+        matrix, scale = product(factor, half, c=half, beta=a), 1.0
+        factor = step_factor(kernels, matrix, row)
+        total = product(total, factor, c=total, beta=row[0])
+    return total, 0.0

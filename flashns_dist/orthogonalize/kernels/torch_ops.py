@@ -1,0 +1,105 @@
+"""The reference backend: plain torch operations, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Scalar
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _column(scalar: Scalar) -> Scalar:
+    """A per-matrix scalar shaped to broadcast over ``(batch, n, m)``."""
+    return scalar[:, None, None] if isinstance(scalar, Tensor) else scalar
+
+
+class TorchKernels:
+    """``interface.Kernels`` on torch operations.
+
+    On the CPU half products are computed in fp32 and rounded once, which is what a tensor core
+    does, and faster and more exact than torch's half kernels there. On CUDA they go to cuBLAS.
+    """
+
+    name = "torch"
+
+    def normalize(
+        self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.normalize``; in float64 throughout if ``dtype`` is float64."""
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        largest = x.abs().amax(dim=(-2, -1), keepdim=True)
+        # Divided in x's own dtype where that has the wider range, then squared without overflow.
+        wide = torch.promote_types(x.dtype, work)
+        largest = largest.to(wide)
+        safe = torch.where(largest > 0, largest, 1)
+        unit = (x.to(wide) / safe).to(work).contiguous()
+        norm = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+        factor = torch.where(norm > 0, _column(scale) / norm, 0).to(work)
+        result = (unit * factor).to(dtype)
+        norms = (norm.to(wide) * safe).float().flatten()
+        return (result.mT.contiguous() if transpose else result), norms
+
+    def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
+        """See ``interface.Kernels.gram``."""
+        return self.symmetric(x, x.mT, alpha=alpha, out=out)
+
+    def symmetric(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        gamma: Scalar = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.symmetric``; the lower triangle is computed and mirrored."""
+        result = _combine(a, b, alpha, c, beta)
+        if isinstance(gamma, Tensor) or gamma != 0.0:
+            diagonal = result.diagonal(dim1=-2, dim2=-1)
+            diagonal += gamma[:, None] if isinstance(gamma, Tensor) else gamma
+        lower = result.tril()
+        return _deliver(lower + lower.tril(-1).mT, a.dtype, out)
+
+    def product(
+        self,
+        a: Tensor,
+        x: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        column_scale: Tensor | None = None,
+        transpose: bool = False,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.product``."""
+        if column_scale is not None:
+            a = (a * column_scale[:, None, :]).to(a.dtype)
+        result = _combine(a, x, alpha, c, beta)
+        if transpose:
+            result = result.mT.contiguous()
+        return _deliver(result, dtype or x.dtype, out)
+
+
+def _combine(a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar) -> Tensor:
+    """``alpha * a b + beta * c``: in fp32 on the CPU, rounded to ``a.dtype`` by cuBLAS on CUDA."""
+    if a.dtype in _HALF and a.device.type == "cpu":
+        a, b, c = a.float(), b.float(), None if c is None else c.float()
+    if c is not None and not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
+        return torch.baddbmm(c.to(a.dtype), a, b, beta=beta, alpha=alpha)
+    result = torch.bmm(a, b)
+    if isinstance(alpha, Tensor) or alpha != 1.0:
+        result = result.to(torch.promote_types(result.dtype, torch.float32)) * _column(alpha)
+    if c is not None:
+        result = result + c * _column(beta)
+    return result
+
+
+def _deliver(result: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """``result`` rounded to ``dtype``, in ``out`` where that is given."""
+    return result.to(dtype) if out is None else out.copy_(result)
