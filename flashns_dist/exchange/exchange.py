@@ -78,6 +78,10 @@ class Exchange:
         """Bytes reserved for transfers on this rank."""
         return sum(b.numel() * b.element_size() for pair in self._buffers for b in pair)
 
+    def new_batch(self, batch: int, rows: int, cols: int) -> Tensor:
+        """An uninitialized batch to gather matrices into."""
+        return torch.empty(batch, rows, cols, dtype=self._dtype, device=self._device)
+
     def start_gather(self, bucket: int, directions: Sequence[Tensor]) -> Transfer:
         """Send this rank's pieces of a bucket to the owners.
 

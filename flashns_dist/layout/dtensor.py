@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import TypeAlias
 
@@ -60,7 +60,7 @@ def _placement_kind(placement: object, name: str) -> tuple[int, int] | None:
     return int(dim), int(getattr(placement, "split_factor", 1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _placements_layout(
     shape: tuple[int, ...],
     kinds: tuple[tuple[int, int] | None, ...],

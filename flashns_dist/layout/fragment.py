@@ -91,9 +91,7 @@ def flat_range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[
     if first < whole_first:
         yield from _inside_one_slice(shape, first, start, whole_first * stride, 0)
     if whole_first < whole_stop:
-        box = Box(
-            (whole_first, *(0 for _ in shape[1:])), (whole_stop - whole_first, *shape[1:])
-        )
+        box = Box((whole_first, *(0 for _ in shape[1:])), (whole_stop - whole_first, *shape[1:]))
         yield box, whole_first * stride - start
     if whole_stop <= last:
         begin = whole_stop * stride

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from math import prod
 
 from flashns_dist.layout.fragment import Box, Fragment, flat_range_boxes
@@ -62,7 +62,7 @@ class Layout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=None)
+@cache
 def replicated_layout(shape: tuple[int, ...], group_size: int) -> Layout:
     """Every rank stores the whole array (one process, DDP)."""
     box = Box((0,) * len(shape), shape)
@@ -70,7 +70,7 @@ def replicated_layout(shape: tuple[int, ...], group_size: int) -> Layout:
     return Layout(shape, (whole,) * group_size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def flat_layout(
     shape: tuple[int, ...], ranges: tuple[tuple[tuple[int, int, int], ...], ...]
 ) -> Layout:

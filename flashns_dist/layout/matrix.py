@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import prod
 
@@ -36,10 +36,12 @@ class Piece:
     def view(self, local: Tensor) -> Tensor:
         """The piece as a view of the rank's local array, shaped like ``box``."""
         held = self.fragment.view(local)
-        return held if self.box == self.fragment.box else held[self.box.slices_in(self.fragment.box)]
+        return (
+            held if self.box == self.fragment.box else held[self.box.slices_in(self.fragment.box)]
+        )
 
 
-@lru_cache(maxsize=None)
+@cache
 def leading_blocks(shape: tuple[int, ...]) -> tuple[Block, ...]:
     """One matrix per index of the leading dims: ``(n, m)`` is one, ``(experts, n, m)`` are many."""
     if len(shape) < 2:
@@ -53,7 +55,7 @@ def leading_blocks(shape: tuple[int, ...]) -> tuple[Block, ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def rank_pieces(layout: Layout, block: Block, group_rank: int) -> tuple[Piece, ...]:
     """What ``group_rank`` stores of ``block``, in storage order."""
     pieces = []
@@ -64,7 +66,7 @@ def rank_pieces(layout: Layout, block: Block, group_rank: int) -> tuple[Piece, .
     return tuple(pieces)
 
 
-@lru_cache(maxsize=None)
+@cache
 def block_holders(layout: Layout, block: Block) -> tuple[tuple[Box, tuple[int, ...]], ...]:
     """The distinct boxes that make up ``block``, each with the group ranks that store it."""
     found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return local.detach()  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _coordinates(mesh: Any) -> dict[int, tuple[int, ...]]:
     ranks = mesh.mesh
     return {

@@ -24,7 +24,7 @@ def check_adjust_lr(adjust_lr_fn: AdjustLr) -> None:
     if adjust_lr_fn is None or callable(adjust_lr_fn) or adjust_lr_fn in _SCALES:
         return
     raise ValueError(
-        f"adjust_lr_fn={adjust_lr_fn!r} is unknown; use one of {sorted(_SCALES)}, None (the same as "
+        f"adjust_lr_fn={adjust_lr_fn!r} is unknown; use one of {sorted(_SCALES)}, None (as "
         '"original", as in torch.optim.Muon) or a callable from (rows, cols) to a factor'
     )
 

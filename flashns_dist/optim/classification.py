@@ -1,0 +1,168 @@
+"""Which parameters are matrices to orthogonalize, and which are auxiliary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|pos_emb\w*|tok_emb\w*)($|[._])")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|head|output|output_layer|unembed\w*|embed_out|classifier|score|logits)$"
+)
+_ROUTER = re.compile(r"(^|\.)(router|gate|gating|wg|score_gate)(\.|$)")
+_NORM = re.compile(r"(^|[._])(\w*norm|ln|ln_\w+)$")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where one parameter goes and why."""
+
+    name: str
+    param: Tensor
+    update_rule: str
+    reason: str
+
+
+class ParameterGroups(list[dict[str, Any]]):
+    """Parameter groups for FlashMuon, and the decisions that made them."""
+
+    def __init__(self, groups: list[dict[str, Any]], decisions: list[Decision]) -> None:
+        super().__init__(groups)
+        self.decisions = decisions
+
+    def table(self) -> str:
+        """What goes where and why, one line per kind of parameter (layer numbers as ``*``)."""
+        rows: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
+        for d in self.decisions:
+            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", d.name)
+            key = (d.update_rule, pattern, d.reason, tuple(d.param.shape))
+            rows[key] = rows.get(key, 0) + 1
+        cells = [("update rule", "parameters", "count", "shape", "numel", "reason")]
+        for (rule, pattern, reason, shape), count in sorted(rows.items(), key=lambda r: r[0][0]):
+            numel = count
+            for size in shape:
+                numel *= size
+            shown = " x ".join(map(str, shape)) or "scalar"
+            cells.append((rule, pattern, str(count), shown, f"{numel:,}", reason))
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        lines = [
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(5)), row[5]]).rstrip()
+            for row in cells
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join(lines)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    aux_lr: float | None = None,
+    aux_weight_decay: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    print_table: bool = False,
+) -> ParameterGroups:
+    """Sort a model's trainable parameters into matrices (Muon) and auxiliary ones (AdamW).
+
+    Auxiliary are: everything below two dims or with a dim of one (norms, biases, scalars),
+    embeddings, output heads (by name, tied to an embedding, or as wide as one), routers, and
+    convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are orthogonalized.
+    Works before and after sharding (DTensors keep their global shape).
+
+    Args:
+        model: Any module; tied parameters are counted once.
+        overrides: From a name pattern (as in ``fnmatch``, over full parameter names) to ``"muon"``,
+            ``"adamw"`` or ``"frozen"`` (left out); the first that matches decides.
+        lr, weight_decay: For the matrices, where FlashMuon's own arguments are not to be used.
+        aux_lr, aux_weight_decay, betas, eps: For the auxiliary parameters, likewise.
+        print_table: Print ``table()``.
+
+    Returns:
+        One group per update rule that has parameters, with ``param_names``; ``table()`` explains.
+
+    Raises:
+        ValueError: An override names an unknown rule or matches nothing.
+    """
+    overrides = dict(overrides or {})
+    for pattern, rule in overrides.items():
+        if rule not in ("muon", "adamw", "frozen"):
+            raise ValueError(f'overrides[{pattern!r}]={rule!r}: use "muon", "adamw" or "frozen"')
+    decisions = _decide(model, overrides)
+    unused = [p for p in overrides if not any(fnmatchcase(d.name, p) for d in decisions)]
+    if unused:
+        raise ValueError(f"overrides {unused} match no trainable parameter of the model")
+    settings: dict[str, dict[str, Any]] = {
+        "muon": {"lr": lr, "weight_decay": weight_decay},
+        "adamw": {"lr": aux_lr, "weight_decay": aux_weight_decay, "betas": betas, "eps": eps},
+    }
+    groups = []
+    for rule, given in settings.items():
+        chosen = [d for d in decisions if d.update_rule == rule]
+        if chosen:
+            named = [(d.name, d.param) for d in chosen]
+            values = {key: value for key, value in given.items() if value is not None}
+            groups.append({"params": named, "update_rule": rule, **values})
+    result = ParameterGroups(groups, decisions)
+    if print_table:
+        print(result.table())
+    return result
+
+
+def _decide(model: nn.Module, overrides: Mapping[str, str]) -> list[Decision]:
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embedded = {id(m.weight) for m in embeddings}
+    vocabularies = {m.num_embeddings for m in embeddings}
+    decisions: list[Decision] = []
+    for module_name, module in model.named_modules():
+        for local_name, param in module.named_parameters(recurse=False):
+            name = f"{module_name}.{local_name}" if module_name else local_name
+            if not param.requires_grad or any(d.param is param for d in decisions):
+                continue
+            rule, reason = _classify(module_name, module, local_name, param, embedded, vocabularies)
+            for pattern, chosen in overrides.items():
+                if fnmatchcase(name, pattern):
+                    rule, reason = chosen, f"override {pattern!r}"
+                    break
+            decisions.append(Decision(name, param, rule, reason))
+    return decisions
+
+
+def _classify(
+    module_name: str,
+    module: nn.Module,
+    local_name: str,
+    param: Tensor,
+    embedded: set[int],
+    vocabularies: set[int],
+) -> tuple[str, str]:
+    """(update rule, reason) of one parameter."""
+    shape = tuple(param.shape)
+    if id(param) in embedded:
+        return "adamw", "embedding"
+    if len(shape) < 2:
+        kind = "bias" if local_name.endswith("bias") else "norm or scalar"
+        return "adamw", kind
+    if min(shape[-2:]) == 1:
+        return "adamw", "a vector in shape"
+    if len(shape) > 3 or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "adamw", "convolution"
+    full = f"{module_name}.{local_name}" if local_name != "weight" else module_name
+    if _EMBEDDING.search(full):
+        return "adamw", "embedding by name"
+    if _NORM.search(module_name):
+        return "adamw", "norm by name"
+    if _ROUTER.search(full):
+        return "adamw", "router by name"
+    if _HEAD.search(full):
+        return "adamw", "output head by name"
+    if len(shape) == 2 and isinstance(module, nn.Linear) and shape[0] in vocabularies:
+        return "adamw", "output head: as wide as an embedding"
+    return "muon", "stack of matrices" if len(shape) == 3 else "matrix"

@@ -1,0 +1,153 @@
+"""A pool of processes that run test bodies as ranks of real process groups."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing as mp
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(AssertionError):
+    """A body failed or hung on some rank; the message holds every rank's traceback."""
+
+
+class RankPool:
+    """Worker processes that are started once and form process groups of any size up to ``size``.
+
+    Gloo on the CPU, NCCL where there are as many GPUs as ranks. After a failure the workers are
+    replaced, because a rank may be stuck in a collective.
+
+    Args:
+        size: Number of workers.
+        backend: ``"gloo"``, ``"nccl"``, or None to choose by the GPUs present.
+    """
+
+    def __init__(self, size: int = 4, backend: str | None = None) -> None:
+        self._size = size
+        self._backend = backend
+        self._workers: list[tuple[Any, Connection]] = []
+        atexit.register(self.close)
+
+    def run(
+        self, world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0
+    ) -> list[Any]:
+        """Run ``body(*args)`` on ranks 0 to ``world_size - 1`` and return their results by rank.
+
+        Args:
+            world_size: Ranks in the default process group.
+            body: A function at module level (it is imported by name in the workers).
+            args: Passed by pickle, as is the result.
+            timeout: Seconds until the body counts as hung.
+
+        Raises:
+            RankError: A rank raised, died or did not answer in time.
+        """
+        if world_size > self._size:
+            raise ValueError(f"world_size={world_size} is more than the pool's {self._size}")
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
+            chosen = self._workers[:world_size]
+            for _, connection in chosen:
+                connection.send_bytes(pickle.dumps(job))
+            answers = self._collect(chosen, timeout)
+        failures = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            self.close()
+            raise RankError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def _collect(self, chosen: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
+        answers: list[Any] = [None] * len(chosen)
+        deadline = time.monotonic() + timeout
+        while any(answer is None for answer in answers) and time.monotonic() < deadline:
+            for rank, (process, connection) in enumerate(chosen):
+                if answers[rank] is not None:
+                    continue
+                if connection.poll(0.01):
+                    answers[rank] = pickle.loads(connection.recv_bytes())
+                    if not answers[rank][0]:  # the others may be waiting for this rank
+                        deadline = min(deadline, time.monotonic() + 5.0)
+                elif not process.is_alive():
+                    answers[rank] = (False, f"died with exit code {process.exitcode}")
+        return [answer or (False, "no answer: hung in a collective?") for answer in answers]
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context = mp.get_context("spawn")
+        paths = [str(Path.cwd()), *sys.path]
+        for rank in range(self._size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, rank, self._backend, paths), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """End the workers."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+
+def rank_device() -> torch.device:
+    """The device of this rank: its GPU under NCCL, else the CPU."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _work(connection: Connection, rank: int, backend: str | None, paths: list[str]) -> None:
+    """The worker's loop: receive a job, run it in a process group of its size, answer."""
+    sys.path[:] = paths
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, name, args, world_size, rendezvous = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            _join_group(rank, world_size, rendezvous, backend)
+            body: Any = importlib.import_module(module)
+            for part in name.split("."):
+                body = getattr(body, part)
+            answer = (True, body(*args))
+            dist.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _join_group(rank: int, world_size: int, rendezvous: str, backend: str | None) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    chosen = backend or ("nccl" if torch.cuda.device_count() >= world_size else "gloo")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    if chosen == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        chosen,
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )

@@ -1,0 +1,1 @@
+"""Adapters for training frameworks: each describes layouts, none has a step loop."""

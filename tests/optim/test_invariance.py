@@ -1,0 +1,267 @@
+"""The weights do not depend on the sharding or on the number of ranks, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.layout import even_flat_layout, flat_layout, leading_blocks
+from flashns_dist.optim import BoundParameter
+from flashns_dist.testing.pool import RankPool, rank_device
+
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Matrices with their placements on a mesh (None: a plain tensor, as under DDP)."""
+
+    mesh: tuple[int, ...]
+    matrices: tuple[tuple[tuple[int, ...], tuple[object, ...] | None], ...]
+    missing: tuple[tuple[int, int, tuple[int, ...]], ...] = ()  # (step, matrix, ranks)
+    options: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    num_steps: int = 3
+
+
+def full(shape: tuple[int, ...], *seed: int) -> Tensor:
+    number = hash(seed) % (2**31)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(rank_device())
+
+
+def place(value: Tensor, mesh: object, placements: tuple[object, ...] | None) -> Tensor:
+    if placements is None:
+        return value.clone()
+    return distribute_tensor(value.clone(), mesh, placements, src_data_rank=None)
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def optimizer_of(params: list[nn.Parameter], scenario: Scenario, **options: object) -> FlashMuon:
+    exchange = ExchangeOptions(**{**scenario.options, **options})
+    return FlashMuon(params, lr=0.05, exchange=exchange, **scenario.settings)
+
+
+def compare_with_one_process(scenario: Scenario) -> None:
+    """Train sharded and alone, on the same gradients; the weights must be equal in every bit."""
+    mesh = init_device_mesh(rank_device().type, scenario.mesh)
+    shapes = [shape for shape, _ in scenario.matrices]
+    dtype = scenario.settings.get("dtype", torch.float32)
+    starts = [full(shape, 0, i).to(dtype) for i, shape in enumerate(shapes)]
+    scenario.settings.pop("dtype", None)
+    alone = [nn.Parameter(value.clone()) for value in starts]
+    sharded = [
+        nn.Parameter(place(value, mesh, placements))
+        for value, (_, placements) in zip(starts, scenario.matrices, strict=True)
+    ]
+    reference = optimizer_of(alone, scenario, replica_group=None)
+    optimizer = optimizer_of(sharded, scenario)
+    missing = {(step, index): ranks for step, index, ranks in scenario.missing}
+    for step in range(scenario.num_steps):
+        for index, (shape, placements) in enumerate(scenario.matrices):
+            gradient = full(shape, 1 + step, index).to(dtype)
+            absent = missing.get((step, index), ())
+            kept = place(gradient, mesh, placements)
+            if absent and placements is not None:  # the shards of these ranks count as zero
+                mask = place(torch.ones_like(gradient), mesh, placements)
+                if dist.get_rank() in absent:
+                    mask.to_local().zero_()
+                gradient = gradient * mask.full_tensor()
+            everyone = len(absent) == dist.get_world_size()
+            alone[index].grad = None if everyone else gradient
+            sharded[index].grad = None if dist.get_rank() in absent else kept
+        reference.step()
+        optimizer.step()
+        for param in sharded:
+            param.grad = None
+    for index, (ours, theirs) in enumerate(zip(sharded, alone, strict=True)):
+        assert torch.equal(whole(ours.detach()), theirs.detach()), f"matrix {index} differs"
+        momentum = optimizer.state[ours]["momentum_buffer"]
+        assert torch.equal(whole(momentum), reference.state[alone[index]]["momentum_buffer"])
+    assert not any(torch.equal(p, s) for p, s in zip(alone, starts, strict=True) if p.numel())
+
+
+SHAPES = ((20, 36), (36, 20), (33, 17), (24, 24), (7, 50))
+
+SCENARIOS = {
+    "replicated": (Scenario((0,), tuple((s, None) for s in SHAPES)), (2, 3, 4)),
+    "replicated as DTensor": (Scenario((0,), tuple((s, (R,)) for s in SHAPES)), (2, 3)),
+    "rows": (Scenario((0,), tuple((s, (S0,)) for s in SHAPES)), (2, 3, 4)),
+    "columns": (Scenario((0,), tuple((s, (S1,)) for s in SHAPES)), (2, 3, 4)),
+    "empty shards": (Scenario((0,), (((2, 30), (S0,)), ((30, 3), (S1,)), ((5, 9), (S0,)))), (4,)),
+    "one matrix": (Scenario((0,), (((16, 40), (S0,)),)), (2, 4)),
+    "more matrices than ranks": (
+        Scenario((0,), tuple(((12 + i % 5, 20 + i % 3), (S0,)) for i in range(20))),
+        (3, 4),
+    ),
+    "many buckets": (
+        Scenario(
+            (0,),
+            tuple(((12 + i % 5, 20 + i % 3), (S0,)) for i in range(20)),
+            options={"bucket_bytes": 1024},
+        ),
+        (2, 4),
+    ),
+    "experts": (
+        Scenario((0,), (((6, 10, 16), (S0,)), ((5, 10, 16), (S1,)), ((3, 16, 8), (Shard(2),)))),
+        (2, 4),
+    ),
+    "hybrid": (Scenario((2, 2), tuple((s, (R, S0)) for s in SHAPES)), (4,)),
+    "hybrid, repeated": (
+        Scenario((2, 2), tuple((s, (R, S0)) for s in SHAPES), options={"replicas": "repeat"}),
+        (4,),
+    ),
+    "hybrid, shared": (
+        Scenario((2, 2), tuple((s, (R, S0)) for s in SHAPES), options={"replicas": "share"}),
+        (4,),
+    ),
+    "replicated, repeated": (
+        Scenario((0,), tuple((s, None) for s in SHAPES), options={"replicas": "repeat"}),
+        (3,),
+    ),
+    "two axes, both dims": (Scenario((2, 2), tuple((s, (S0, S1)) for s in SHAPES)), (4,)),
+    "two axes, one dim": (Scenario((2, 2), tuple((s, (S0, S0)) for s in SHAPES)), (4,)),
+    "mixed": (
+        Scenario(
+            (2, 2),
+            (
+                ((20, 36), (S0, R)),
+                ((36, 20), (R, S1)),
+                ((33, 17), None),
+                ((24, 24), (S1, S0)),
+                ((7, 50), (R, R)),
+                ((4, 9, 12), (S0, R)),
+            ),
+        ),
+        (4,),
+    ),
+    "gradients missing": (
+        Scenario(
+            (0,),
+            tuple((s, (S0,)) for s in SHAPES),
+            missing=((0, 1, (0,)), (1, 0, (0, 1)), (1, 3, (1,)), (2, 4, (0, 1))),
+        ),
+        (2,),
+    ),
+    "no gradient at all": (
+        Scenario(
+            (0,),
+            tuple((s, (S0,)) for s in SHAPES[:2]),
+            missing=((1, 0, (0, 1)), (1, 1, (0, 1))),
+        ),
+        (2,),
+    ),
+    "fp32 wire": (
+        Scenario((0,), tuple((s, (S0,)) for s in SHAPES), options={"wire_dtype": torch.float32}),
+        (3,),
+    ),
+    "bf16 parameters": (
+        Scenario((0,), tuple((s, (S0,)) for s in SHAPES), settings={"dtype": torch.bfloat16}),
+        (3,),
+    ),
+    "stochastic rounding": (
+        Scenario(
+            (2, 2),
+            tuple((s, (S1, S0)) for s in SHAPES),
+            settings={"dtype": torch.bfloat16, "rounding": "stochastic"},
+        ),
+        (4,),
+    ),
+    "cautious, plain momentum": (
+        Scenario(
+            (0,),
+            tuple((s, (S0,)) for s in SHAPES),
+            settings={"cautious": True, "nesterov": False, "adjust_lr_fn": "spectral"},
+        ),
+        (2,),
+    ),
+}
+CASES = [(name, size) for name, (_, sizes) in SCENARIOS.items() for size in sizes]
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES, ids=[f"{n}-{w}" for n, w in CASES])
+def test_weights_equal_those_of_one_process(ranks: RankPool, name: str, world_size: int) -> None:
+    scenario = SCENARIOS[name][0]
+    mesh = scenario.mesh if len(scenario.mesh) > 1 else (world_size,)
+    values = {**vars(scenario), "mesh": mesh}
+    ranks.run(world_size, compare_with_one_process, Scenario(**values))
+
+
+def compare_flat_shards(seed: int) -> None:
+    """Matrices in one flat buffer, cut at arbitrary places, as ZeRO and Megatron store them."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    device = rank_device()
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(a * b for a, b in SHAPES)
+    cuts = sorted(
+        int(torch.randint(0, total + 1, (), generator=generator)) for _ in range(size - 1)
+    )
+    cuts = [0, *cuts, total]
+    values = torch.randn(total, generator=generator).to(device)
+    flat = nn.Parameter(values[cuts[rank] : cuts[rank + 1]].clone())
+    optimizer = FlashMuon([{"params": [nn.Parameter(torch.zeros(2, 2))]}], lr=0.05)
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.state.clear()
+    optimizer.state[flat] = {
+        "step": torch.zeros(()),
+        "momentum_buffer": torch.zeros_like(flat.data),
+    }
+
+    def bind() -> list[BoundParameter]:
+        bound, begin = [], 0
+        for number, shape in enumerate(SHAPES):
+            end = begin + shape[0] * shape[1]
+            spans = []
+            for r in range(size):
+                low, high = max(cuts[r], begin), min(cuts[r + 1], end)
+                offset = low - cuts[r]
+                spans.append(((low - begin, high - begin, offset),) if low < high else ())
+            layout = flat_layout(shape, tuple(spans))
+            group = dist.group.WORLD
+            blocks = leading_blocks(shape)
+            bound.append(
+                BoundParameter(
+                    f"matrix {number}", flat, 0, layout, group, rank, torch.Tensor.detach, blocks
+                )
+            )
+            begin = end
+        return bound
+
+    optimizer.bind(bind)
+    alone, begin = [], 0
+    for shape in SHAPES:
+        numel = shape[0] * shape[1]
+        alone.append(nn.Parameter(values[begin : begin + numel].view(shape).clone()))
+        begin += numel
+    reference = FlashMuon(alone, lr=0.05, exchange=ExchangeOptions(replica_group=None))
+    for _ in range(3):
+        gradient = torch.randn(total, generator=generator).to(device)
+        flat.grad = gradient[cuts[rank] : cuts[rank + 1]].clone()
+        begin = 0
+        for param in alone:
+            param.grad = gradient[begin : begin + param.numel()].view(param.shape).clone()
+            begin += param.numel()
+        optimizer.step()
+        reference.step()
+    expected = torch.cat([p.detach().flatten() for p in alone])
+    assert torch.equal(flat.detach(), expected[cuts[rank] : cuts[rank + 1]])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_flat_shards_give_the_weights_of_one_process(ranks: RankPool, world_size: int) -> None:
+    for seed in range(3):
+        ranks.run(world_size, compare_flat_shards, seed)
+
+
+def test_even_flat_layout_covers_everything() -> None:
+    layout = even_flat_layout((7, 11), 4)
+    assert sum(layout.local_numel(r) for r in range(4)) == 77
