@@ -87,7 +87,7 @@ def explain_on_every_rank(
 ) -> list[tuple[int, str]]:
     """The messages of all ranks that have one, as (global rank, message).
 
-    Collectives: one ``all_gather_object`` on ``group``. For errors that one rank sees and all raise.
+    For errors that one rank sees and all raise. Collectives: one ``all_gather_object``.
     """
     if group is None or dist.get_world_size(group) == 1:
         return [(0, message)] if message else []

@@ -101,7 +101,7 @@ class Exchange:
         Args:
             bucket: Index of the bucket.
             transfer: What ``start_gather`` returned.
-            into: For each owned matrix, a tensor that holds its block (shaped like the block's box).
+            into: For each owned matrix, a contiguous ``(rows, cols)`` tensor.
         """
         transfer.wait()
         route = self.schedules[bucket].gather
@@ -114,7 +114,7 @@ class Exchange:
 
         Args:
             bucket: Index of the bucket.
-            results: For each owned matrix, its result shaped like the block's box.
+            results: For each owned matrix, its contiguous ``(rows, cols)`` result.
         """
         route = self.schedules[bucket].scatter
         sources = [self._inside(results[s.matrix], s) for s in route.sends]
@@ -162,8 +162,7 @@ class Exchange:
         return Transfer(received, work, local, sent)
 
     def _inside(self, matrix: Tensor, segment: Segment) -> Tensor:
-        block = self.plan.matrices[segment.matrix].block.box
-        return matrix if segment.box == block else matrix[segment.box.slices_in(block)]
+        return self.plan.matrices[segment.matrix].block.view(matrix, segment.part, segment.box)
 
 
 def _segment(buffer: Tensor, segment: Segment) -> Tensor:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flashns_dist.layout import Box, Piece, rank_pieces
 from flashns_dist.plan import Plan
+
+Item: TypeAlias = "tuple[int, int, Box, int]"  # matrix, part, box, index among the held pieces
 
 
 @dataclass(frozen=True)
 class Segment:
     """A box of one matrix in a buffer, or in place where it does not travel.
 
-    ``offset`` counts elements from the start of the buffer; ``held`` is the index of the piece
+    ``part`` is the index of the block's part that the box lies in, ``offset`` counts elements from the start of the buffer; ``held`` is the index of the piece
     among those that this rank stores (-1 on a side that does not store it).
     """
 
     matrix: int
+    part: int
     box: Box
     offset: int
     held: int
@@ -64,14 +68,14 @@ def make_schedule(plan: Plan, bucket: Iterable[int], group_rank: int) -> Schedul
     gather, scatter = _Router(plan.group_size, group_rank), _Router(plan.group_size, group_rank)
     for index in bucket:
         mine = group_rank in plan.owners[index]
-        for box, holders in plan.boxes(index):
+        for part, box, holders in plan.boxes(index):
             at = position.get((index, box), -1)
             if at < 0 and not mine:
                 continue
             for owner in plan.owners[index]:
-                gather.add(plan.source(index, owner, holders), owner, index, box, at)
+                gather.add(plan.source(index, owner, holders), owner, (index, part, box, at))
             for holder in holders:
-                scatter.add(plan.supplier(index, holder, holders), holder, index, box, at)
+                scatter.add(plan.supplier(index, holder, holders), holder, (index, part, box, at))
     owned = tuple(index for index in bucket if group_rank in plan.owners[index])
     return Schedule(tuple(held), owned, gather.route(), scatter.route())
 
@@ -81,17 +85,18 @@ class _Router:
 
     def __init__(self, group_size: int, group_rank: int) -> None:
         self._rank = group_rank
-        self._sends: list[list[tuple[int, Box, int]]] = [[] for _ in range(group_size)]
-        self._receives: list[list[tuple[int, Box, int]]] = [[] for _ in range(group_size)]
+        self._sends: list[list[Item]] = [[] for _ in range(group_size)]
+        self._receives: list[list[Item]] = [[] for _ in range(group_size)]
         self._local: list[Segment] = []
 
-    def add(self, source: int, target: int, matrix: int, box: Box, held: int) -> None:
+    def add(self, source: int, target: int, item: Item) -> None:
         if source == target == self._rank:
-            self._local.append(Segment(matrix, box, -1, held))
+            matrix, part, box, held = item
+            self._local.append(Segment(matrix, part, box, -1, held))
         elif source == self._rank:
-            self._sends[target].append((matrix, box, held))
+            self._sends[target].append(item)
         elif target == self._rank:
-            self._receives[source].append((matrix, box, held))
+            self._receives[source].append(item)
 
     def route(self) -> Route:
         sends, send_splits = _lay_out(self._sends)
@@ -100,13 +105,13 @@ class _Router:
 
 
 def _lay_out(
-    by_peer: list[list[tuple[int, Box, int]]],
+    by_peer: list[list[Item]],
 ) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
     segments, splits, offset = [], [], 0
     for peer in by_peer:
         begin = offset
-        for matrix, box, held in peer:
-            segments.append(Segment(matrix, box, offset, held))
+        for matrix, part, box, held in peer:
+            segments.append(Segment(matrix, part, box, offset, held))
             offset += box.numel
         splits.append(offset - begin)
     return tuple(segments), tuple(splits)

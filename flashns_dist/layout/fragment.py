@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular part of an N-dimensional array: ``start[d] <= index[d] < start[d] + size[d]``."""
+    """A rectangular part of an array: ``start[d] <= index[d] < start[d] + size[d]``."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]

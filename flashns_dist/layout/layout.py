@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from math import prod
 
 from flashns_dist.layout.fragment import Box, Fragment, flat_range_boxes
@@ -40,7 +41,7 @@ class Layout:
 
     @cached_property
     def holders(self) -> dict[Box, tuple[int, ...]]:
-        """The group ranks that store each distinct box, ascending; boxes in order of first holder."""
+        """The group ranks that store each distinct box, ascending; in order of first holder."""
         found: dict[Box, list[int]] = {}
         for group_rank, fragments in enumerate(self.fragments):
             for fragment in fragments:
@@ -99,4 +100,4 @@ def even_flat_layout(shape: tuple[int, ...], group_size: int) -> Layout:
     numel = prod(shape)
     length = -(-numel // group_size)
     cuts = [min(i * length, numel) for i in range(group_size + 1)]
-    return flat_layout(shape, tuple(((a, b, 0),) for a, b in zip(cuts, cuts[1:], strict=False)))
+    return flat_layout(shape, tuple(((a, b, 0),) for a, b in pairwise(cuts)))

@@ -1,4 +1,4 @@
-"""The matrices of a parameter: boxes of it, each orthogonalized by itself."""
+"""The matrices of a parameter: blocks of it, each orthogonalized by itself."""
 
 from __future__ import annotations
 
@@ -15,20 +15,45 @@ from flashns_dist.layout.layout import Layout
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a parameter that, flattened row-major to ``(rows, cols)``, is one matrix."""
+    """Boxes of a parameter that together are one ``(rows, cols)`` matrix.
 
-    box: Box
+    Each part, flattened row-major to ``cols`` columns, is some of the matrix's rows; the parts
+    follow one another. Most matrices are one box; the queries of a fused QKV weight that is ordered
+    by query group are one box per group.
+    """
+
+    parts: tuple[Box, ...]
     rows: int
     cols: int
+
+    def __post_init__(self) -> None:
+        stored = sum(part.numel for part in self.parts)
+        if stored != self.rows * self.cols or any(part.numel % self.cols for part in self.parts):
+            raise ValueError(
+                f"the parts {self.parts} do not stack to a ({self.rows}, {self.cols}) matrix"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.cols
 
+    def view(self, matrix: Tensor, part: int, box: Box) -> Tensor:
+        """The elements of ``box``, which lies in one part, as a view of a contiguous matrix.
+
+        Args:
+            matrix: ``(rows, cols)``.
+            part: Index of the part.
+            box: A box of the parameter inside that part; the view is shaped like it.
+        """
+        whole = self.parts[part]
+        begin = sum(earlier.numel for earlier in self.parts[:part]) // self.cols
+        rows = matrix.narrow(0, begin, whole.numel // self.cols).view(whole.size)
+        return rows if box == whole else rows[box.slices_in(whole)]
+
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one block that one fragment holds."""
+    """What one fragment holds of one part of a block."""
 
     fragment: Fragment
     box: Box
@@ -50,7 +75,7 @@ def leading_blocks(shape: tuple[int, ...]) -> tuple[Block, ...]:
     if prod(shape) == 0:
         return ()
     return tuple(
-        Block(Box((*index, 0, 0), (*(1 for _ in index), rows, cols)), rows, cols)
+        Block((Box((*index, 0, 0), (*(1 for _ in index), rows, cols)),), rows, cols)
         for index in product(*(range(size) for size in leading))
     )
 
@@ -59,19 +84,21 @@ def leading_blocks(shape: tuple[int, ...]) -> tuple[Block, ...]:
 def rank_pieces(layout: Layout, block: Block, group_rank: int) -> tuple[Piece, ...]:
     """What ``group_rank`` stores of ``block``, in storage order."""
     pieces = []
-    for fragment in layout.fragments[group_rank]:
-        common = fragment.box.intersect(block.box)
-        if common is not None:
-            pieces.append(Piece(fragment, common))
+    for part in block.parts:
+        for fragment in layout.fragments[group_rank]:
+            common = fragment.box.intersect(part)
+            if common is not None:
+                pieces.append(Piece(fragment, common))
     return tuple(pieces)
 
 
 @cache
-def block_holders(layout: Layout, block: Block) -> tuple[tuple[Box, tuple[int, ...]], ...]:
-    """The distinct boxes that make up ``block``, each with the group ranks that store it."""
+def block_holders(layout: Layout, block: Block) -> tuple[tuple[int, Box, tuple[int, ...]], ...]:
+    """The distinct boxes that make up ``block``: (index of the part, box, ranks that store it)."""
     found = []
-    for box, ranks in layout.holders.items():
-        common = box.intersect(block.box)
-        if common is not None:
-            found.append((common, ranks))
+    for index, part in enumerate(block.parts):
+        for box, ranks in layout.holders.items():
+            common = box.intersect(part)
+            if common is not None:
+                found.append((index, common, ranks))
     return tuple(found)

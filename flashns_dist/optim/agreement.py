@@ -35,8 +35,8 @@ def agree_on_gradients(
 ) -> Agreement:
     """Compare the gradients of one process group's parameters across its ranks.
 
-    Collectives: one ``all_reduce`` of ``5 (len(bound) + 1)`` numbers on the process group; more only
-    where the ranks differ. Waits for the device once.
+    Collectives: one ``all_reduce`` of ``5 (len(bound) + 1)`` numbers on the process group; more
+    only where the ranks differ. Waits for the device once.
 
     Args:
         bound: The parameters of one process group, the same on every rank.

@@ -36,8 +36,8 @@ class FlashMuon(Optimizer):
     to the ranks that store it. The weights do not depend on the sharding or the number of ranks.
 
     ``step()`` makes, on each process group that stores parameters, one small ``all_reduce`` (which
-    parameters have gradients, and whether they are finite) and two ``all_to_all_single`` per bucket.
-    Every rank must call it. State exists from construction, in the parameters' sharding.
+    parameters have gradients, and whether they are finite) and two ``all_to_all_single`` per
+    bucket. Every rank must call it. State exists from construction, sharded as the parameters.
 
     Args:
         params: Parameters, named parameters, or groups as ``parameter_groups`` makes them. A

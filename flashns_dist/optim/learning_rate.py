@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import sqrt
 from typing import TypeAlias
 
-AdjustLr: TypeAlias = "str | None | Callable[[tuple[int, int]], float]"
+AdjustLr: TypeAlias = "str | Callable[[tuple[int, int]], float] | None"
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
     # As torch.optim.Muon: the update's spectral norm grows with tall matrices only.

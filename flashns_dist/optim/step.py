@@ -186,14 +186,14 @@ class MatrixStep:
             stack = self._exchange.new_batch(len(indices), *shape)
             stacks.append((stack, indices))
             for slot, index in enumerate(indices):
-                inputs[index] = stack[slot].view(self._plan.matrices[index].block.box.size)
+                inputs[index] = stack[slot]
         self._exchange.finish_gather(bucket, gather, inputs)
         results: dict[int, Tensor] = {}
         for stack, indices in stacks:
             group = groups[self._bound[self._plan.matrices[indices[0]].tensor].group_index]
             outputs = self._orthogonalize(stack, group)
             for slot, index in enumerate(indices):
-                results[index] = outputs[slot].view(self._plan.matrices[index].block.box.size)
+                results[index] = outputs[slot]
         return results
 
     def _update(

@@ -17,7 +17,7 @@ class Matrix:
         name: Name of its parameter (for errors).
         tensor: Index of its parameter among those of the process group.
         layout: How the parameter lies across the group.
-        block: Which box of the parameter it is.
+        block: Which part of the parameter it is.
         kind: Whatever must agree for matrices to be batched together (method, coefficients, dtype),
             as text.
     """
@@ -30,12 +30,11 @@ class Matrix:
 
     @property
     def numel(self) -> int:
-        return self.block.box.numel
+        return self.block.rows * self.block.cols
 
     @cached_property
     def digest(self) -> str:
-        box = self.block.box
-        text = repr((self.name, self.layout.digest, box, self.block.shape, self.kind))
+        text = repr((self.name, self.layout.digest, self.block, self.kind))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -107,8 +106,8 @@ class Plan:
             return holder
         return owners[holders.index(holder) * len(owners) // len(holders)]
 
-    def boxes(self, index: int) -> tuple[tuple[Box, tuple[int, ...]], ...]:
-        """The distinct boxes of matrix ``index``, each with the group ranks that store it."""
+    def boxes(self, index: int) -> tuple[tuple[int, Box, tuple[int, ...]], ...]:
+        """The distinct boxes of matrix ``index``: (part of the block, box, ranks that store it)."""
         matrix = self.matrices[index]
         return block_holders(matrix.layout, matrix.block)
 
@@ -116,7 +115,7 @@ class Plan:
         """Whether any rank sends anything for a bucket; if not, its collectives are left out."""
         for index in self.buckets[bucket]:
             owners = set(self.owners[index])
-            for _, holders in self.boxes(index):
+            for _, _, holders in self.boxes(index):
                 if owners != set(holders):
                     return True
         return False

@@ -82,8 +82,8 @@ def _whole_holders(matrix: Matrix) -> tuple[int, ...]:
     boxes = block_holders(matrix.layout, matrix.block)
     if not boxes:
         return ()
-    whole = set(boxes[0][1])
-    for _, ranks in boxes[1:]:
+    whole = set(boxes[0][2])
+    for _, _, ranks in boxes[1:]:
         whole.intersection_update(ranks)
     return tuple(sorted(whole))
 
@@ -126,7 +126,7 @@ def _mirrored_owners(matrix: Matrix, load: Sequence[float], share: int) -> tuple
     """The least loaded rank of the first ``share`` replicas, and its image in the other ones."""
     candidates = [
         (load[ranks[position]], ranks[position], ranks[position::share])
-        for _, ranks in block_holders(matrix.layout, matrix.block)
+        for _, _, ranks in block_holders(matrix.layout, matrix.block)
         for position in range(share)
     ]
     return min(candidates)[2]
@@ -193,7 +193,7 @@ def _sent_bytes(
         by_layout[id(matrix.layout), matrix.block, len(owners[index])].append(index)
     for (_, _, num_owners), indices in by_layout.items():
         matrix = matrices[indices[0]]
-        for box, ranks in block_holders(matrix.layout, matrix.block):
+        for _, box, ranks in block_holders(matrix.layout, matrix.block):
             copies = max(len(ranks) // num_owners, 1)
             for rank in ranks:
                 sent[rank] += len(indices) * box.numel / copies
