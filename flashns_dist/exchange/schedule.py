@@ -16,8 +16,9 @@ Item: TypeAlias = "tuple[int, int, Box, int]"  # matrix, part, box, index among 
 class Segment:
     """A box of one matrix in a buffer, or in place where it does not travel.
 
-    ``part`` is the index of the block's part that the box lies in, ``offset`` counts elements from the start of the buffer; ``held`` is the index of the piece
-    among those that this rank stores (-1 on a side that does not store it).
+    ``part`` is the index of the block's part that the box lies in, ``offset`` counts elements from
+    the start of the buffer, and ``held`` is the index of the piece among those that this rank
+    stores (-1 on a side that does not store it).
     """
 
     matrix: int
