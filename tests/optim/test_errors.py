@@ -1,0 +1,253 @@
+"""Bad input: a clear error on every rank, no hang, and nothing changed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.testing.pool import RankPool, rank_device
+
+
+def matrix(rows: int = 6, cols: int = 8, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(rows * 100 + cols)
+    values = torch.randn(rows, cols, generator=generator).to(dtype)
+    return nn.Parameter(values, requires_grad=dtype.is_floating_point)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "svd"}, "method='svd'"),
+        ({"ns_coefficients": "nobody"}, "'nobody'"),
+        ({"ns_coefficients": ((1.0,),)}, "row 0 has 1"),
+        ({"adjust_lr_fn": "larger"}, "adjust_lr_fn='larger'"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"betas": (0.9, 1.0)}, "betas=(0.9, 1.0)"),
+        ({"rounding": "up"}, "rounding='up'"),
+        ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
+        ({"backend": "numpy"}, "backend='numpy'"),
+        ({"ns_dtype": torch.int8}, "torch.int8"),
+    ],
+)
+def test_an_unsuitable_argument_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FlashMuon([matrix()], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"wire_dtype": torch.int8}, "wire_dtype"),
+        ({"bucket_bytes": 0}, "bucket_bytes=0"),
+        ({"replicas": "many"}, "replicas='many'"),
+        ({"replica_group": "node"}, "replica_group='node'"),
+    ],
+)
+def test_an_unsuitable_exchange_option_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ExchangeOptions(**settings)
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (nn.Parameter(torch.zeros(5)), r"layers\.w: shape \(5,\)"),
+        (nn.Parameter(torch.zeros(2, 3, 4, 5)), r"layers\.w: shape \(2, 3, 4, 5\)"),
+        (matrix(dtype=torch.int64), r"layers\.w: dtype torch.int64"),
+        (matrix(dtype=torch.complex64), r"layers\.w: dtype torch.complex64"),
+    ],
+)
+def test_an_unsuitable_parameter_is_named_and_not_added(param: nn.Parameter, message: str) -> None:
+    optimizer = FlashMuon([("first", matrix())])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [("layers.w", param)]})
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.state) == 1
+
+
+def snapshot(optimizer: FlashMuon) -> list[Tensor]:
+    values = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    values += [value for state in optimizer.state.values() for value in state.values()]
+    return [(v.to_local() if isinstance(v, DTensor) else v).clone() for v in values]
+
+
+def expect_error(optimizer: FlashMuon, kinds: tuple[type[Exception], ...], *words: str) -> None:
+    """The step fails on this rank with these words, and changes nothing."""
+    before = snapshot(optimizer)
+    try:
+        optimizer.step()
+    except kinds as error:
+        text = str(error)
+    else:
+        raise AssertionError("step() did not fail")
+    assert all(word in text for word in words), text
+    after = snapshot(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def sharded(values: list[Tensor]) -> list[tuple[str, nn.Parameter]]:
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    return [
+        (f"layer.{i}", nn.Parameter(distribute_tensor(v.to(rank_device()), mesh, [Shard(0)])))
+        for i, v in enumerate(values)
+    ]
+
+
+def with_gradients(named: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    for _, param in named:
+        param.grad = torch.ones_like(param)
+    return named
+
+
+def nonfinite_gradient_on_one_rank(value: float, rule: str) -> None:
+    named = with_gradients(sharded([torch.ones(6, 8), torch.ones(4, 4)]))
+    optimizer = FlashMuon([{"params": named, "update_rule": rule}])
+    if dist.get_rank() == 1:
+        named[1][1].grad.to_local()[0, 0] = value
+    expect_error(optimizer, (FloatingPointError,), "layer.1", "NaN or an infinity")
+    skipping = FlashMuon([{"params": named, "update_rule": rule}], nonfinite="skip")
+    before = snapshot(skipping)
+    skipping.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(skipping), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", ["muon", "adamw"])
+def test_a_nonfinite_gradient_stops_every_rank(ranks: RankPool, value: float, rule: str) -> None:
+    ranks.run(2, nonfinite_gradient_on_one_rank, value, rule)
+
+
+def test_a_large_finite_gradient_is_not_an_overflow() -> None:
+    param = matrix()
+    param.grad = torch.full((6, 8), 1e30)
+    FlashMuon([param]).step()
+    assert param.isfinite().all()
+
+
+def different_order() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8), torch.ones(6, 8), torch.ones(4, 4)]))
+    if dist.get_rank() == 1:
+        named[0], named[1] = named[1], named[0]
+    optimizer = FlashMuon(named)
+    expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0' on rank 0", "'layer.1'")
+
+
+def different_number() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8), torch.ones(6, 8), torch.ones(4, 4)]))
+    optimizer = FlashMuon(named if dist.get_rank() else named[:2])
+    expect_error(optimizer, (RuntimeError,), "ranks [1, 2]", "parameter 2", "layer.2")
+
+
+def different_rule() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8), torch.ones(4, 4)]))
+    rule = "adamw" if dist.get_rank() == 1 else "muon"
+    optimizer = FlashMuon([{"params": named[:1]}, {"params": named[1:], "update_rule": rule}])
+    expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.1'")
+
+
+def different_method() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8)]))
+    optimizer = FlashMuon(named, method="gram" if dist.get_rank() else "standard")
+    expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
+
+
+@pytest.mark.parametrize(
+    ("body", "world_size"),
+    [(different_order, 2), (different_number, 3), (different_rule, 2), (different_method, 2)],
+)
+def test_disagreeing_ranks_all_say_so(ranks: RankPool, body: object, world_size: int) -> None:
+    ranks.run(world_size, body)
+
+
+def wrong_gradient_placement() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8), torch.ones(4, 4)]))
+    optimizer = FlashMuon(named)
+    param = named[1][1]
+    if dist.get_rank() == 0:
+        local = torch.ones(4, 4, device=rank_device())
+        param.grad = DTensor.from_local(local, param.device_mesh, [Partial()])
+        expect_error(optimizer, (ValueError,), "layer.1", "placements", "Partial")
+    else:
+        expect_error(optimizer, (RuntimeError,), "rank 0 cannot step", "layer.1")
+
+
+def test_one_ranks_unsuitable_gradient_stops_all(ranks: RankPool) -> None:
+    ranks.run(2, wrong_gradient_placement)
+
+
+def unreduced_replicas() -> None:
+    param = nn.Parameter(torch.ones(6, 8, device=rank_device()))
+    optimizer = FlashMuon([("weight", param)])
+    param.grad = torch.full_like(param, 1.0 + dist.get_rank())
+    expect_error(optimizer, (RuntimeError,), "weight", "differs between ranks", "DDP")
+    alone = FlashMuon([("weight", param)], exchange=ExchangeOptions(replica_group=None))
+    alone.step()
+
+
+def test_replicas_with_different_gradients_are_refused(ranks: RankPool) -> None:
+    ranks.run(2, unreduced_replicas)
+
+
+def replica_without_gradient() -> None:
+    mesh = init_device_mesh(rank_device().type, (2, 2))
+    value = torch.ones(6, 8, device=rank_device())
+    param = nn.Parameter(distribute_tensor(value, mesh, [Replicate(), Shard(0)]))
+    optimizer = FlashMuon([("weight", param)])
+    param.grad = None if dist.get_rank() == 2 else torch.ones_like(param)
+    expect_error(optimizer, (RuntimeError,), "weight", "ranks [2] have no gradient", "ranks [0]")
+
+
+def test_a_replica_without_its_gradient_is_refused(ranks: RankPool) -> None:
+    ranks.run(4, replica_without_gradient)
+
+
+def partial_parameter() -> None:
+    mesh = init_device_mesh(rank_device().type, (2,))
+    local = torch.ones(6, 8, device=rank_device())
+    param = nn.Parameter(DTensor.from_local(local, mesh, [Partial()]))
+    optimizer = FlashMuon([("weight", param)])
+    expect_error(optimizer, (NotImplementedError,), "weight", "Partial", "Redistribute")
+
+
+def test_a_partial_parameter_is_refused(ranks: RankPool) -> None:
+    ranks.run(2, partial_parameter)
+
+
+def differing_meshes() -> None:
+    """Parameters on different meshes of one world are exchanged on their own groups."""
+    size = dist.get_world_size()
+    device = rank_device().type
+    world = init_device_mesh(device, (size,))
+    rows = init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "shard"))
+    shapes = ((9, 12), (8, 6), (5, 7))
+    meshes = (world, rows, rows["shard"])
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, generator=generator).to(rank_device()) for s in shapes]
+    alone = [nn.Parameter(v.clone()) for v in values]
+    placed = [
+        nn.Parameter(distribute_tensor(v, m, [Shard(0)] * m.ndim, src_data_rank=None))
+        for v, m in zip(values, meshes, strict=True)
+    ]
+    reference = FlashMuon(alone, lr=0.1, exchange=ExchangeOptions(replica_group=None))
+    optimizer = FlashMuon(placed, lr=0.1)
+    for p, q in zip(alone, placed, strict=True):
+        p.grad = torch.sin(torch.arange(p.numel(), device=p.device).float()).view(p.shape)
+        q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements, src_data_rank=None)
+    reference.step()
+    optimizer.step()
+    for p, q in zip(alone, placed, strict=True):
+        assert torch.equal(p.detach(), q.full_tensor().detach())
+
+
+def test_meshes_of_one_world_may_differ(ranks: RankPool) -> None:
+    ranks.run(4, differing_meshes)
