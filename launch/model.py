@@ -61,10 +61,10 @@ class ModelConfig:
 
 SIZES: dict[str, ModelConfig] = {
     "tiny": ModelConfig(),
-    "124m": ModelConfig(
+    "160m": ModelConfig(
         dim=768, num_layers=12, num_heads=12, num_kv_heads=4, hidden_dim=2304, max_seq_len=1024
     ),
-    "350m": ModelConfig(
+    "390m": ModelConfig(
         dim=1024, num_layers=24, num_heads=16, num_kv_heads=8, hidden_dim=2816, max_seq_len=1024
     ),
     "1b": ModelConfig(

@@ -47,6 +47,13 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     raise ValueError(f"--optimizer {config.name}: unknown. Choose from {', '.join(NAMES)}.")
 
 
+def parameter_table(model: nn.Module) -> str:
+    """Say which update rule FlashMuon applies to which parameters, and why."""
+    from flashns_dist import parameter_groups
+
+    return parameter_groups(model).table()
+
+
 def _flashmuon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     from flashns_dist import FlashMuon, parameter_groups
 

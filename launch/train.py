@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 launch/train.py        two processes, FSDP2
     python launch/train.py                             one process
     torchrun --nproc-per-node 4 launch/train.py --mesh fsdp=2,tp=2
-    torchrun --nproc-per-node 8 launch/train.py --size 124m --seq-len 1024 --batch-size 512 \
+    torchrun --nproc-per-node 8 launch/train.py --size 160m --seq-len 1024 --batch-size 512 \
         --data 'fineweb10B/*.bin'
 
 The global batch of a step depends on the seed alone, so losses agree whatever the number of
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from launch.data import Dataset, load_dataset
 from launch.engine import Batch, Engine, TorchEngine
 from launch.mesh import MeshSpec, parse_mesh
 from launch.model import SIZES, ModelConfig, Transformer
+from launch.optimizers import parameter_table
 from launch.progress import Progress
 from launch.record import Record
 from launch.report import RunFacts, plot_losses, summarize
@@ -58,6 +60,8 @@ class TrainingRun:
             self.first_step = checkpoint_step(checkpoint, self.model_config)
         model = Transformer(self.model_config, seed=settings.seed)
         self.facts = self._facts(model.num_parameters())
+        if world.is_first and settings.optimizer == "flashmuon":
+            print(parameter_table(model), end="\n\n", file=sys.stderr, flush=True)
         self.engine: Engine = TorchEngine(
             model,
             world=world,
@@ -257,6 +261,10 @@ def _run_folder(settings: argparse.Namespace, world: World) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, or the given arguments instead."""
     settings = read_settings(arguments)
+    # Logits from tensor parallelism are a view, and nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Without a process group, one process saves the checkpoint, as it should.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     with joined_world(settings.device, settings.threads) as world:
         run = TrainingRun(settings, world)
         run.train()

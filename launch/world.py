@@ -72,12 +72,9 @@ def joined_world(device_name: str | None, threads: int | None) -> Iterator[World
     """
     joined = dist.is_initialized()
     distributed = joined or "RANK" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = _device(device_name, local_rank, local_size)
-    if threads or distributed:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        torch.set_num_threads(threads or max(1, (cores or os.cpu_count() or 1) // local_size))
+    device = _joined_device() if joined else _device(device_name)
+    if threads or "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(threads or max(1, _num_cores() // _local_size()))
     if not distributed:
         yield World(rank=0, size=1, device=device, distributed=False)
         return
@@ -96,11 +93,30 @@ def joined_world(device_name: str | None, threads: int | None) -> Iterator[World
             dist.destroy_process_group()
 
 
-def _device(name: str | None, local_rank: int, local_size: int) -> torch.device:
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _num_cores() -> int:
+    # Of this process, which a container may keep from some of the machine's.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _joined_device() -> torch.device:
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _device(name: str | None) -> torch.device:
     num_gpus = torch.cuda.device_count() if name != "cpu" else 0
-    if name == "cuda" and num_gpus < local_size:
+    if name == "cuda" and num_gpus < _local_size():
         raise ValueError(
-            f"--device cuda: {local_size} processes on this host and {num_gpus} GPUs. "
+            f"--device cuda: {_local_size()} processes on this host and {num_gpus} GPUs. "
             "Start at most one process per GPU, or pass --device cpu."
         )
-    return torch.device("cuda", local_rank) if 0 < local_size <= num_gpus else torch.device("cpu")
+    if num_gpus < _local_size():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,48 @@
+# Two commands on a fresh machine with Python and make:
+#   make train    set up .venv and train a small language model on two processes
+#   make test     set up .venv and check everything
+# Variables: PYTHON (for .venv), PROCS (processes of the run), ARGS (for launch/train.py or pytest).
+
+PYTHON ?= python3
+PROCS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+train: $(VENV)/train.stamp
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCS) launch/train.py $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy launch
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One pip call, so that nothing resolves another torch than the constrained one.
+$(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (about a minute) ..."
+	$(INSTALL) --editable '.[train]'
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (about two minutes) ..."
+	$(INSTALL) --editable '.[train,dev,triton]'
+	@touch $@ $(VENV)/train.stamp
