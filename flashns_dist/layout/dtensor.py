@@ -54,8 +54,8 @@ def _placement_kind(placement: object, name: str) -> tuple[int, int] | None:
     dim = getattr(placement, "dim", None)
     if kind not in ("Shard", "_StridedShard") or dim is None:
         raise NotImplementedError(
-            f"{name}: placement {placement!r} is not supported; parameters must be Shard, Replicate "
-            "or FSDP2's strided Shard on every mesh axis. Redistribute the tensor first."
+            f"{name}: placement {placement!r} is not supported; parameters must be Shard, "
+            "Replicate or FSDP2's strided Shard on every mesh axis. Redistribute the tensor first."
         )
     return int(dim), int(getattr(placement, "split_factor", 1))
 

@@ -1,0 +1,125 @@
+"""Which parameters are orthogonalized."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flashns_dist import FlashMuon, parameter_groups
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 16))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(4, 16, 32))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(16)
+        self.gate_proj = nn.Linear(16, 32)
+        self.router = Router()
+        self.experts = Experts()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.lora = nn.Parameter(torch.zeros(16, 1))
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(40, 16)
+        self.pos_emb = nn.Parameter(torch.zeros(8, 16))
+        self.patch = nn.Conv2d(3, 16, 4)
+        self.layers = nn.ModuleList([Layer() for _ in range(2)])
+        self.unnamed = nn.Linear(16, 40, bias=False)
+        self.lm_head = nn.Linear(16, 39)
+        self.frozen = nn.Linear(16, 16, bias=False).requires_grad_(False)
+        if tied:
+            self.unnamed.weight = self.tok.weight
+
+
+EXPECTED = {
+    "tok.weight": ("adamw", "embedding"),
+    "pos_emb": ("adamw", "embedding by name"),
+    "patch.weight": ("adamw", "convolution"),
+    "patch.bias": ("adamw", "bias"),
+    "layers.1.attn_norm.weight": ("adamw", "norm or scalar"),
+    "layers.1.gate_proj.weight": ("muon", "matrix"),
+    "layers.1.gate_proj.bias": ("adamw", "bias"),
+    "layers.1.router.weight": ("adamw", "router by name"),
+    "layers.1.experts.w1": ("muon", "stack of matrices"),
+    "layers.1.scale": ("adamw", "norm or scalar"),
+    "layers.1.lora": ("adamw", "a vector in shape"),
+    "unnamed.weight": ("adamw", "output head: as wide as an embedding"),
+    "lm_head.weight": ("adamw", "output head by name"),
+    "lm_head.bias": ("adamw", "bias"),
+}
+
+
+def test_each_kind_of_parameter_goes_where_it_belongs() -> None:
+    groups = parameter_groups(Model())
+    found = {d.name: (d.update_rule, d.reason) for d in groups.decisions}
+    assert {name: found[name] for name in EXPECTED} == EXPECTED
+    assert "frozen.weight" not in found
+    named = {name for group in groups for name, _ in group["params"]}
+    assert named == set(found)
+    FlashMuon(groups)
+
+
+def test_tied_weights_are_counted_once_and_auxiliary() -> None:
+    names = [d.name for d in parameter_groups(Model(tied=True)).decisions]
+    assert "tok.weight" in names
+    assert "unnamed.weight" not in names
+
+
+def test_the_table_counts_layers_together() -> None:
+    table = parameter_groups(Model()).table()
+    line = next(line for line in table.splitlines() if "gate_proj.weight" in line)
+    assert line.split() == [
+        "muon",
+        "layers.*.gate_proj.weight",
+        "2",
+        "32",
+        "x",
+        "16",
+        "1,024",
+        "matrix",
+    ]
+
+
+def test_overrides_decide_first() -> None:
+    overrides = {"layers.0.*.weight": "frozen", "*gate_proj*": "adamw", "pos_emb": "muon"}
+    found = {
+        d.name: d.update_rule for d in parameter_groups(Model(), overrides=overrides).decisions
+    }
+    assert found["layers.0.gate_proj.weight"] == "frozen"
+    assert found["layers.1.gate_proj.weight"] == "adamw"
+    assert found["pos_emb"] == "muon"
+    names = [n for g in parameter_groups(Model(), overrides=overrides) for n, _ in g["params"]]
+    assert "layers.0.gate_proj.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"layers.*": "sgd"}, "'sgd'"), ({"nothing.*": "muon"}, "match no trainable")],
+)
+def test_a_wrong_override_is_named(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(Model(), overrides=overrides)
+
+
+def test_group_settings_reach_the_optimizer() -> None:
+    groups = parameter_groups(Model(), lr=0.5, aux_lr=0.25, aux_weight_decay=0.125, eps=1e-6)
+    optimizer = FlashMuon(groups, lr=1.0, weight_decay=0.2)
+    muon, adamw = optimizer.param_groups
+    assert (muon["update_rule"], muon["lr"], muon["weight_decay"]) == ("muon", 0.5, 0.2)
+    assert (adamw["lr"], adamw["weight_decay"], adamw["eps"]) == (0.25, 0.125, 1e-6)
+    assert optimizer.param_groups[0]["param_names"][0] == "layers.0.gate_proj.weight"
