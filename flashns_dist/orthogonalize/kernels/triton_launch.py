@@ -1,0 +1,197 @@
+"""Launching the Triton products: operands to descriptors or pointers, scalars to arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig
+from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
+from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
+
+TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def precision(dtype: torch.dtype, tensor_cores: bool) -> str:
+    """Triton's ``input_precision``: fp32 in three tf32 passes where there are tensor cores."""
+    return "tf32x3" if dtype == torch.float32 and tensor_cores else "ieee"
+
+
+def described(t: Tensor) -> bool | None:
+    """Whether a descriptor can express ``(batch, rows, cols)``: as it is, transposed, or not.
+
+    Returns:
+        False if the last dimension is the contiguous one, True if the one before it is, None if
+        neither is, or an address or a stride is not a multiple of 16 bytes.
+    """
+    size = t.element_size()
+    batch_stride, row, col = t.stride()
+    if t.data_ptr() % 16 or (t.shape[0] > 1 and (batch_stride * size % 16 or batch_stride == 0)):
+        return None
+    if col == 1 and row * size % 16 == 0 and row >= t.shape[2]:
+        return False
+    if row == 1 and col * size % 16 == 0 and col >= t.shape[1]:
+        return True
+    return None
+
+
+def descriptor(t: Tensor, swapped: bool, rows: int, cols: int) -> Any:
+    """A host descriptor of ``t`` that loads blocks of ``rows x cols`` of it.
+
+    Built without the class's own checks, which ``described`` has made: they cost more than the rest
+    of the launch.
+    """
+    batch, n, m = t.shape
+    batch_stride, row, col = t.stride()
+    if swapped:
+        n, m, row, rows, cols = m, n, col, cols, rows
+    if batch == 1:
+        batch_stride = n * row
+    result = object.__new__(TensorDescriptor)
+    result.base = t
+    result.shape = [batch, n, m]
+    result.strides = [batch_stride, row, 1]
+    result.block_shape = [1, rows, cols]
+    result.padding = "zero"
+    return result
+
+
+def _value(scalar: Scalar) -> tuple[Any, bool]:
+    """A kernel argument for a scalar, and whether it holds one value per matrix."""
+    if isinstance(scalar, Tensor):
+        return scalar.to(torch.float32).contiguous(), True
+    return float(scalar), False
+
+
+def launch_symmetric(
+    a: Tensor,  # (batch, n, k)
+    b: Tensor,  # (batch, n, k), the second factor's transpose
+    c: Tensor | None,
+    out: Tensor,
+    alpha: Scalar,
+    beta: Scalar,
+    gamma: Scalar,
+    *,
+    config: TileConfig,
+    tma: bool,
+    input_precision: str,
+) -> None:
+    """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``symmetric_kernel``."""
+    batch, n, k = a.shape
+    block, depth = config.rows, config.depth
+    blocks = -(-n // block)
+    if config.pairs:
+        grid = batch * (blocks * blocks // 4 + (blocks + 1) // 2)
+    else:
+        grid = batch * (blocks * (blocks + 1) // 2)
+    alpha_value, alpha_each = _value(alpha)
+    beta_value, beta_each = _value(beta)
+    gamma_value, gamma_each = _value(gamma)
+    third = out if c is None else c
+    a_swapped = b_swapped = False
+    operands: tuple[Any, ...] = (a, b, third, out)
+    if tma:
+        a_swapped, b_swapped = bool(described(a)), bool(described(b))
+        operands = (
+            descriptor(a, a_swapped, block, depth),
+            descriptor(b, b_swapped, block, depth),
+            descriptor(third, False, block, block),
+            descriptor(out, False, block, block),
+        )
+    symmetric_kernel[(grid,)](
+        *operands,
+        alpha_value,
+        beta_value,
+        gamma_value,
+        n,
+        k,
+        batch,
+        *a.stride(),
+        *b.stride(),
+        *third.stride(),
+        *out.stride(),
+        HAS_C=c is not None,
+        ALPHA_EACH=alpha_each,
+        BETA_EACH=beta_each,
+        GAMMA_EACH=gamma_each,
+        A_SWAPPED=a_swapped,
+        B_SWAPPED=b_swapped,
+        BLOCK=block,
+        BLOCK_K=depth,
+        PAIRS=config.pairs,
+        GROUP=config.group,
+        TMA=tma,
+        DTYPE=TL_DTYPES[out.dtype],
+        PRECISION=input_precision,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def launch_product(
+    a: Tensor,  # (batch, n, k)
+    x: Tensor,  # (batch, k, m)
+    c: Tensor | None,  # (batch, n, m)
+    out: Tensor,  # (batch, n, m), or (batch, m, n) with transpose
+    alpha: Scalar,
+    beta: Scalar,
+    transpose: bool,
+    *,
+    config: TileConfig,
+    tma: bool,
+    input_precision: str,
+) -> None:
+    """Writes ``alpha * a x + beta * c`` to ``out``; see ``product_kernel``."""
+    batch, n, k = a.shape
+    m = x.shape[2]
+    grid = batch * -(-n // config.rows) * -(-m // config.cols)
+    alpha_value, alpha_each = _value(alpha)
+    beta_value, beta_each = _value(beta)
+    third = out if c is None else c
+    a_swapped = x_swapped = c_swapped = False
+    operands: tuple[Any, ...] = (a, x, third, out)
+    if tma:
+        rows, cols, depth = config.rows, config.cols, config.depth
+        a_swapped, x_swapped = bool(described(a)), bool(described(x))
+        c_swapped = c is not None and bool(described(c))
+        out_block = (cols, rows) if transpose else (rows, cols)
+        out_descriptor = descriptor(out, False, *out_block)
+        operands = (
+            descriptor(a, a_swapped, rows, depth),
+            descriptor(x, x_swapped, depth, cols),
+            out_descriptor if c is None else descriptor(c, c_swapped, rows, cols),
+            out_descriptor,
+        )
+    product_kernel[(grid,)](
+        *operands,
+        alpha_value,
+        beta_value,
+        n,
+        m,
+        k,
+        *a.stride(),
+        *x.stride(),
+        *third.stride(),
+        *out.stride(),
+        HAS_C=c is not None,
+        ALPHA_EACH=alpha_each,
+        BETA_EACH=beta_each,
+        A_SWAPPED=a_swapped,
+        X_SWAPPED=x_swapped,
+        C_SWAPPED=c_swapped,
+        TRANSPOSE=transpose,
+        BLOCK_N=config.rows,
+        BLOCK_M=config.cols,
+        BLOCK_K=config.depth,
+        GROUP=config.group,
+        TMA=tma,
+        DTYPE=TL_DTYPES[out.dtype],
+        PRECISION=input_precision,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

@@ -1,0 +1,257 @@
+# mypy: ignore-errors
+"""Triton kernel of the products with a symmetric result: half of the tiles, both halves written."""
+
+import triton
+import triton.language as tl
+
+from flashns_dist.orthogonalize.kernels.triton_tiles import (
+    load_block,
+    scalar,
+    store_block,
+    triangle_pair,
+    triangle_tile,
+)
+
+
+@triton.jit
+def _finish(
+    acc,
+    c,
+    out,
+    scalars,
+    batch,
+    row0,
+    col0,
+    n,
+    c_strides,
+    out_strides,
+    DIAGONAL: tl.constexpr,
+    HAS_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``alpha * acc + beta * c + gamma * I``, rounded once; written twice, or mirrored in place."""
+    result = acc * scalars[0]
+    if HAS_C:
+        old = load_block(c, batch, row0, col0, (n, n), c_strides, BLOCK, BLOCK, TMA, False)
+        result = tl.fma(old.to(tl.float32), scalars[1], result)
+    if DIAGONAL:
+        r = tl.arange(0, BLOCK)[:, None]
+        s = tl.arange(0, BLOCK)[None, :]
+        result = tl.where(r == s, result + scalars[2], result).to(DTYPE)
+        result = tl.where(r >= s, result, result.T)
+    else:
+        result = result.to(DTYPE)
+        store_block(
+            out, result.T, batch, col0, row0, (n, n), out_strides, BLOCK, BLOCK, TMA
+        )  # fmt: skip
+    store_block(out, result, batch, row0, col0, (n, n), out_strides, BLOCK, BLOCK, TMA)
+
+
+@triton.jit
+def _finish_any(
+    acc,
+    c,
+    out,
+    scalars,
+    batch,
+    row0,
+    col0,
+    n,
+    c_strides,
+    out_strides,
+    HAS_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    if row0 == col0:
+        _finish(
+            acc, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
+            True, HAS_C, BLOCK, TMA, DTYPE,
+        )  # fmt: skip
+    else:
+        _finish(
+            acc, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
+            False, HAS_C, BLOCK, TMA, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    a,
+    b,
+    batch,
+    row0,
+    col0,
+    n,
+    k,
+    a_strides,
+    b_strides,
+    A_SWAPPED: tl.constexpr,
+    B_SWAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of ``a b^T`` in fp32."""
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for k0 in tl.range(0, k, BLOCK_K):
+        left = load_block(
+            a, batch, row0, k0, (n, k), a_strides, BLOCK, BLOCK_K, TMA, A_SWAPPED
+        )  # fmt: skip
+        right = load_block(
+            b, batch, col0, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
+        )  # fmt: skip
+        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _two_tiles(
+    a,
+    b,
+    batch,
+    row0,
+    col0,
+    n,
+    k,
+    a_strides,
+    b_strides,
+    A_SWAPPED: tl.constexpr,
+    B_SWAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Two horizontally adjacent tiles of ``a b^T``, which share the rows of ``a``."""
+    first = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    second = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for k0 in tl.range(0, k, BLOCK_K):
+        left = load_block(
+            a, batch, row0, k0, (n, k), a_strides, BLOCK, BLOCK_K, TMA, A_SWAPPED
+        )  # fmt: skip
+        right = load_block(
+            b, batch, col0, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
+        )  # fmt: skip
+        right2 = load_block(
+            b, batch, col0 + BLOCK, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
+        )  # fmt: skip
+        first = tl.dot(left, right.T, first, input_precision=PRECISION)
+        second = tl.dot(left, right2.T, second, input_precision=PRECISION)
+    return first, second
+
+
+@triton.jit
+def symmetric_kernel(
+    a,  # (batch, n, k): descriptor or pointer
+    b,  # (batch, n, k): the second factor's transpose
+    c,  # (batch, n, n)
+    out,  # (batch, n, n)
+    alpha,  # fp32, or pointer to one per matrix
+    beta,
+    gamma,
+    n,
+    k,
+    num_matrices,
+    stride_ab,
+    stride_ar,
+    stride_ac,
+    stride_bb,
+    stride_br,
+    stride_bc,
+    stride_cb,
+    stride_cr,
+    stride_cc,
+    stride_ob,
+    stride_or,
+    stride_oc,
+    HAS_C: tl.constexpr,
+    ALPHA_EACH: tl.constexpr,
+    BETA_EACH: tl.constexpr,
+    GAMMA_EACH: tl.constexpr,
+    A_SWAPPED: tl.constexpr,
+    B_SWAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``alpha * a b^T + beta * c + gamma * I``, of which the lower triangle is computed.
+
+    One program computes one ``BLOCK x BLOCK`` tile, or with ``PAIRS`` two adjacent ones that share
+    the rows of ``a``. All pairs come first, then the diagonal tiles that are left.
+    """
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(n, BLOCK)
+    a_strides = (stride_ab, stride_ar, stride_ac)
+    b_strides = (stride_bb, stride_br, stride_bc)
+    c_strides = (stride_cb, stride_cr, stride_cc)
+    out_strides = (stride_ob, stride_or, stride_oc)
+    if PAIRS:
+        num_pairs = num_blocks * num_blocks // 4
+        num_single = (num_blocks + 1) // 2
+        if pid < num_pairs * num_matrices:
+            batch = pid // num_pairs
+            row, col = triangle_pair(pid % num_pairs, num_blocks)
+            row0 = row * BLOCK
+            col0 = col * BLOCK
+            scalars = (
+                scalar(alpha, batch, ALPHA_EACH),
+                scalar(beta, batch, BETA_EACH),
+                scalar(gamma, batch, GAMMA_EACH),
+            )
+            first, second = _two_tiles(
+                a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
+                BLOCK, BLOCK_K, TMA, PRECISION,
+            )  # fmt: skip
+            _finish(
+                first, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
+                False, HAS_C, BLOCK, TMA, DTYPE,
+            )  # fmt: skip
+            _finish_any(
+                second, c, out, scalars, batch, row0, col0 + BLOCK, n, c_strides, out_strides,
+                HAS_C, BLOCK, TMA, DTYPE,
+            )  # fmt: skip
+        else:
+            single = pid - num_pairs * num_matrices
+            batch = single // num_single
+            row0 = 2 * (single % num_single) * BLOCK
+            scalars = (
+                scalar(alpha, batch, ALPHA_EACH),
+                scalar(beta, batch, BETA_EACH),
+                scalar(gamma, batch, GAMMA_EACH),
+            )
+            acc = _tile(
+                a, b, batch, row0, row0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
+                BLOCK, BLOCK_K, TMA, PRECISION,
+            )  # fmt: skip
+            _finish(
+                acc, c, out, scalars, batch, row0, row0, n, c_strides, out_strides,
+                True, HAS_C, BLOCK, TMA, DTYPE,
+            )  # fmt: skip
+    else:
+        num_tiles = num_blocks * (num_blocks + 1) // 2
+        batch = pid // num_tiles
+        row, col = triangle_tile(pid % num_tiles, num_blocks, GROUP)
+        row0 = row * BLOCK
+        col0 = col * BLOCK
+        scalars = (
+            scalar(alpha, batch, ALPHA_EACH),
+            scalar(beta, batch, BETA_EACH),
+            scalar(gamma, batch, GAMMA_EACH),
+        )
+        acc = _tile(
+            a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
+            BLOCK, BLOCK_K, TMA, PRECISION,
+        )  # fmt: skip
+        _finish_any(
+            acc, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
+            HAS_C, BLOCK, TMA, DTYPE,
+        )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Measured choices, kept on disk: which configuration of a kernel suits a problem."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+CACHE_VARIABLE = "FLASHNS_DIST_CACHE"
+TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
+
+
+def cache_folder() -> Path:
+    """``$FLASHNS_DIST_CACHE``, or ``flashns_dist`` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashns_dist"
+
+
+def tuning_requested() -> bool:
+    """Whether ``$FLASHNS_DIST_TUNE`` asks for measuring problems that the cache lacks."""
+    return os.environ.get(TUNE_VARIABLE, "0") not in ("", "0")
+
+
+def batch_bucket(batch: int) -> int:
+    """The power of two at or above ``batch``: batches in one bucket share their choice."""
+    return 1 << max(batch - 1, 0).bit_length()
+
+
+class TuningCache:
+    """Choices by problem, shared by processes through one small JSON file per problem.
+
+    Files are written beside their place and renamed, so that a reader never sees half of one; when
+    several processes measure the same problem at once, the last one's choice stays. What cannot be
+    read or written (read-only home, damaged file) counts as absent.
+
+    Args:
+        folder: Where the files lie; ``cache_folder()`` if None, looked up at first use.
+    """
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._known: dict[str, int | str | None] = {}
+
+    def lookup(self, problem: str) -> int | str | None:
+        """The choice kept for ``problem``, or None."""
+        if problem not in self._known:
+            self._known[problem] = self._read(problem)
+        return self._known[problem]
+
+    def store(self, problem: str, choice: int | str, seconds: dict[str, float]) -> None:
+        """Keeps a choice, with the measured ``seconds`` by candidate beside it for the reader."""
+        self._known[problem] = choice
+        path = self._path(problem)
+        content = json.dumps({"problem": problem, "choice": choice, "seconds": seconds})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            with os.fdopen(handle, "w") as file:
+                file.write(content)
+            os.replace(name, path)
+        except OSError:
+            return
+
+    def _path(self, problem: str) -> Path:
+        folder = self._folder if self._folder is not None else cache_folder()
+        safe = "".join(ch if ch.isalnum() or ch in "-._" else "_" for ch in problem)
+        return folder / f"{safe}.json"
+
+    def _read(self, problem: str) -> int | str | None:
+        try:
+            content = json.loads(self._path(problem).read_text())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(content, dict) or content.get("problem") != problem:
+            return None
+        choice = content.get("choice")
+        return choice if isinstance(choice, (int, str)) else None
+
+
+def measure(call: Callable[[], object], *, repeats: int = 7, budget_seconds: float = 0.05) -> float:
+    """Median seconds of ``call`` on the current CUDA device, compiled and warmed up first.
+
+    Args:
+        call: Launches the work on the current stream.
+        repeats: Upper bound on the timed calls.
+        budget_seconds: Stops repeating (after three) once this much device time is spent.
+    """
+    call()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+        if len(times) >= 3 and sum(times) > budget_seconds:
+            break
+    return statistics.median(times)
+
+
+def fastest(
+    candidates: Sequence[tuple[str, Callable[[], object]]],
+) -> tuple[int, dict[str, float]]:
+    """Index of the fastest candidate, and the seconds of each; one that fails is left out.
+
+    Raises:
+        RuntimeError: If every candidate fails.
+    """
+    seconds: dict[str, float] = {}
+    best, best_time = -1, float("inf")
+    errors: list[str] = []
+    for index, (name, call) in enumerate(candidates):
+        try:
+            time = measure(call)
+        except Exception as error:  # a configuration that this device cannot run
+            errors.append(f"{name}: {error}")
+            continue
+        seconds[name] = time
+        if time < best_time:
+            best, best_time = index, time
+    if best < 0:
+        raise RuntimeError("no candidate runs on this device: " + "; ".join(errors))
+    return best, seconds
