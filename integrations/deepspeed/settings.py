@@ -1,0 +1,134 @@
+"""The ``params`` of the config's optimizer section, as FlashMuon's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from flashns_dist.optim import ExchangeOptions, FlashMuon
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+_ARGUMENTS = (
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "adjust_lr_fn",
+    "method",
+    "ns_coefficients",
+    "ns_steps",
+    "ns_dtype",
+    "backend",
+    "aux_lr",
+    "betas",
+    "eps",
+    "aux_weight_decay",
+    "cautious",
+    "rounding",
+    "nonfinite",
+)
+_EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
+
+PARAMS = (*_ARGUMENTS, *_EXCHANGE, "overrides")
+"""The keys that ``"params"`` may hold."""
+
+# The names of DeepSpeed's Muon and of other implementations, for the error message only.
+_OTHER_NAMES = {
+    "muon_lr": "lr",
+    "adam_lr": "aux_lr",
+    "ns_method": "method",
+    "beta": "momentum",
+    "beta1": "betas",
+    "beta2": "betas",
+    "adam_betas": "betas",
+    "adam_eps": "eps",
+    "adam_weight_decay": "aux_weight_decay",
+    "max_grad_norm": "gradient_clipping at the top level of the config",
+    "patterns": "overrides",
+    "torch_adam": "nothing: the auxiliary AdamW is FlashMuon's own",
+    "adam_w_mode": "nothing: the auxiliary parameters always get AdamW",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``params`` says, checked.
+
+    Attributes:
+        arguments: FlashMuon's keyword arguments, ``exchange`` included.
+        overrides: From parameter name patterns to update rules, for ``parameter_groups``.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def read_params(params: Mapping[str, Any] | None) -> Settings:
+    """Check the config's ``params`` and turn their strings into values.
+
+    Raises:
+        ValueError: A key is unknown or a value is unsuitable; the message names it.
+    """
+    given = dict(params or {})
+    for key, value in given.items():
+        _check_key(key, value)
+    exchange = {key: given.pop(key) for key in _EXCHANGE if key in given}
+    if "wire_dtype" in exchange:
+        exchange["wire_dtype"] = _dtype("wire_dtype", exchange["wire_dtype"])
+    overrides = given.pop("overrides", None) or {}
+    if not isinstance(overrides, Mapping):
+        raise ValueError(
+            f"optimizer.params.overrides={overrides!r} must map parameter name patterns to "
+            '"muon", "adamw" or "frozen"'
+        )
+    if given.get("ns_dtype") is not None:
+        given["ns_dtype"] = _dtype("ns_dtype", given["ns_dtype"])
+    if "betas" in given:
+        given["betas"] = tuple(given["betas"])
+    for key in ("lr", "weight_decay", "momentum", "eps", "aux_lr", "aux_weight_decay"):
+        if key in given:
+            given[key] = _number(key, given[key])
+    given["exchange"] = ExchangeOptions(**exchange)
+    FlashMuon([{"params": []}], **given)  # checks the values
+    return Settings(given, dict(overrides))
+
+
+def _check_key(key: str, value: object) -> None:
+    if key not in PARAMS:
+        meant = _OTHER_NAMES.get(key) or next(iter(get_close_matches(key, PARAMS, 1)), None)
+        hint = f" Did you mean {meant}?" if meant else ""
+        raise ValueError(
+            f"optimizer.params.{key} is unknown to FlashMuon.{hint} Known: {', '.join(PARAMS)}."
+        )
+    if value == "auto":
+        raise ValueError(
+            f'optimizer.params.{key}="auto" has not been filled in: Hugging Face does so for lr, '
+            "betas, eps and weight_decay only. Write the value, or leave the key out for the "
+            "default."
+        )
+
+
+def _number(key: str, value: object) -> float:
+    # JSON writers and YAML turn 1e-3 into a string.
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"optimizer.params.{key}={value!r} must be a number") from None
+
+
+def _dtype(key: str, value: object) -> torch.dtype:
+    found = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"optimizer.params.{key}={value!r}: use one of {sorted(_DTYPES)}")
+    return found
