@@ -14,42 +14,91 @@ from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
 
 _HAS, _LACKS, _NONFINITE, _LARGEST, _MINUS_LARGEST = range(5)
+_ERROR, _BAD_VALUE, _FOUND_INF = range(3)
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What all ranks of one process group know before a step.
+class Verdict:
+    """What all ranks know before a step.
 
     Attributes:
         active: For each parameter, whether some rank has a gradient of it: then all ranks update
             it, and a shard without a gradient counts as zero.
-        nonfinite: Names of the parameters with a NaN or an infinity in their gradient.
+        nonfinite: Names of the parameters known here to have a NaN or an infinity in a gradient.
+        is_finite: Whether no rank has one.
+        found_inf: Whether a GradScaler found an overflow on some rank.
     """
 
     active: tuple[bool, ...]
     nonfinite: tuple[str, ...]
+    is_finite: bool
+    found_inf: bool
 
 
 def agree_on_gradients(
-    bound: Sequence[BoundParameter], gradients: Sequence[Tensor | None], problem: str | None
-) -> Agreement:
-    """Compare the gradients of one process group's parameters across its ranks.
+    bound: Sequence[BoundParameter],
+    members: Sequence[Sequence[int]],
+    gradients: Sequence[Tensor | None],
+    problem: str | None,
+    found_inf: Tensor | None,
+) -> Verdict:
+    """Compare the gradients across ranks.
 
-    Collectives: one ``all_reduce`` of ``5 (len(bound) + 1)`` numbers on the process group; more
-    only where the ranks differ. Waits for the device once.
+    Collectives: one small ``all_reduce`` on each process group, from the smallest to the largest so
+    that what one group finds reaches the others; one more on each where none spans the world; more
+    only where ranks differ. Waits for the device once per process group.
 
     Args:
-        bound: The parameters of one process group, the same on every rank.
+        bound: All parameters.
+        members: Indices of the parameters of each process group, smallest group first.
         gradients: This rank's parts, None where it has no gradient.
         problem: An error that this rank has already found; then all ranks raise.
+        found_inf: A GradScaler's flag, if there is one.
 
     Raises:
         RuntimeError: Replicas disagree about a gradient, or another rank has a problem.
         ValueError: ``problem``, on the ranks that have one.
     """
-    group = bound[0].process_group
     device = bound[0].local(bound[0].storage).device
-    largest = largest_magnitudes(gradients, device)
+    flags = torch.zeros(5, dtype=torch.float64, device=device)
+    flags[_ERROR] = float(problem is not None)
+    if found_inf is not None:
+        flags[_FOUND_INF] = found_inf.to(device).double().max()
+    error: Exception | None = None if problem is None else ValueError(problem)
+    active = [False] * len(bound)
+    nonfinite: list[str] = []
+    for indices in members:
+        chosen = [bound[i] for i in indices]
+        values = _summary(chosen, [gradients[i] for i in indices], flags)
+        agreed = agree_on_largest(values, chosen[0].process_group)
+        for column, index in enumerate(indices):
+            active[index] = bool(agreed[_HAS, column])
+        bad = agreed[_NONFINITE, :-1].bool().tolist()
+        nonfinite += [b.name for b, is_bad in zip(chosen, bad, strict=True) if is_bad]
+        try:
+            _check_replicas(chosen, [gradients[i] for i in indices], agreed, device)
+        except RuntimeError as found:
+            error = error or found
+        flags = agreed[:, -1].to(device)
+        flags[_BAD_VALUE] = max(float(flags[_BAD_VALUE]), float(bool(nonfinite)))
+        flags[_ERROR] = max(float(flags[_ERROR]), float(error is not None))
+    largest = bound[members[-1][0]].process_group
+    spans_world = largest is None or dist.get_world_size(largest) == dist.get_world_size()
+    if not spans_world:
+        for indices in members:
+            flags = agree_on_largest(flags.to(device), bound[indices[0]].process_group)
+    flags = flags.cpu()
+    if flags[_ERROR]:
+        _raise(error, largest if spans_world or len(members) == 1 else None)
+    return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
+
+
+def _summary(
+    bound: Sequence[BoundParameter], gradients: Sequence[Tensor | None], flags: Tensor
+) -> Tensor:
+    """``(5, len(bound) + 1)``: what to compare about each parameter, and the flags so far."""
+    device = flags.device
+    largest = _largest_magnitudes(gradients, device)
     replicated = torch.tensor([b.is_replicated for b in bound], device=device)
     has = torch.tensor([g is not None for g in gradients], device=device)
     values = torch.zeros(5, len(bound) + 1, dtype=torch.float64, device=device)
@@ -59,23 +108,11 @@ def agree_on_gradients(
     shown = torch.where(replicated & largest.isfinite(), largest, 0.0)
     values[_LARGEST, :-1] = shown
     values[_MINUS_LARGEST, :-1] = -shown
-    values[_HAS, -1] = float(problem is not None)
-    agreed = agree_on_largest(values, group)
-    if agreed[_HAS, -1]:
-        _raise_problem(problem, group)
-    active = tuple(bool(flag) for flag in agreed[_HAS, :-1])
-    nonfinite = agreed[_NONFINITE, :-1].bool()
-    disputed = [
-        i for i in range(len(bound)) if active[i] and agreed[_LACKS, i] and group is not None
-    ]
-    if disputed:
-        _check_replicas_have(bound, disputed, gradients, group, device)
-    if not nonfinite.any():
-        _check_replicas_equal(bound, agreed)
-    return Agreement(active, tuple(b.name for b, bad in zip(bound, nonfinite, strict=True) if bad))
+    values[:, -1] = flags
+    return values
 
 
-def largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Largest absolute value of each gradient, float64 ``(len(gradients),)``; 0 where none."""
     result = torch.zeros(len(gradients), dtype=torch.float64, device=device)
     by_dtype: dict[torch.dtype, list[int]] = {}
@@ -90,29 +127,45 @@ def largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device)
     return result
 
 
-def _raise_problem(problem: str | None, group: dist.ProcessGroup | None) -> None:
-    found = explain_on_every_rank(problem, group)
-    if problem is not None:
-        raise ValueError(problem)
-    rank, text = found[0]
-    raise RuntimeError(f"rank {rank} cannot step, so no rank does: {text}")
+def _check_replicas(
+    bound: Sequence[BoundParameter],
+    gradients: Sequence[Tensor | None],
+    agreed: Tensor,
+    device: torch.device,
+) -> None:
+    """Raise RuntimeError where replicas differ: nobody has averaged their gradients."""
+    group = bound[0].process_group
+    if group is None:
+        return
+    disputed = [i for i in range(len(bound)) if agreed[_HAS, i] and agreed[_LACKS, i]]
+    if disputed:
+        _check_replicas_have(bound, disputed, gradients, group, device)
+    high, low = agreed[_LARGEST, :-1], -agreed[_MINUS_LARGEST, :-1]
+    differ = ((high - low) > 1e-3 * high).nonzero().flatten().tolist()
+    if differ and not agreed[_NONFINITE, :-1].any():
+        index = differ[0]
+        raise RuntimeError(
+            f"{bound[index].name}: its gradient differs between ranks (largest magnitude "
+            f"{high[index]:.6g} on one, {low[index]:.6g} on another), but as a plain tensor it "
+            "counts as a replica. Wrap the model in DDP or average the gradients; for ranks that "
+            "train separate models pass exchange=ExchangeOptions(replica_group=None)."
+        )
 
 
 def _check_replicas_have(
     bound: Sequence[BoundParameter],
     disputed: Sequence[int],
     gradients: Sequence[Tensor | None],
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     device: torch.device,
 ) -> None:
     """Raise where one replica of a shard has a gradient and another has none."""
-    assert group is not None
     flags = gather_flags([gradients[i] is not None for i in disputed], group, device)
+    names = dist.get_process_group_ranks(group)
     for column, index in enumerate(disputed):
         for ranks in _replica_sets(bound[index].layout):
             missing = [rank for rank in ranks if not flags[rank, column]]
             if missing and len(missing) < len(ranks):
-                names = dist.get_process_group_ranks(group)
                 raise RuntimeError(
                     f"{bound[index].name}: ranks {[names[r] for r in missing]} have no gradient, "
                     f"but ranks {[names[r] for r in ranks if r not in missing]} store the same "
@@ -121,18 +174,18 @@ def _check_replicas_have(
                 )
 
 
-def _replica_sets(layout: Layout) -> set[tuple[int, ...]]:
-    return {ranks for ranks in layout.holders.values() if len(ranks) > 1}
+def _replica_sets(layout: Layout) -> list[tuple[int, ...]]:
+    return sorted({ranks for ranks in layout.holders.values() if len(ranks) > 1})
 
 
-def _check_replicas_equal(bound: Sequence[BoundParameter], agreed: Tensor) -> None:
-    """Raise where replicas hold different gradients: nobody has averaged them."""
-    high, low = agreed[_LARGEST, :-1], -agreed[_MINUS_LARGEST, :-1]
-    differ = (high - low) > 1e-3 * high
-    for index in differ.nonzero().flatten().tolist():
-        raise RuntimeError(
-            f"{bound[index].name}: its gradient differs between ranks (largest magnitude "
-            f"{high[index]:.6g} on one, {low[index]:.6g} on another), but as a plain tensor it "
-            "counts as a replica. Wrap the model in DDP or average the gradients; for ranks that "
-            "train separate models pass exchange=ExchangeOptions(replica_group=None)."
-        )
+def _raise(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank; where it can, with the message of the rank that has one."""
+    found = explain_on_every_rank(None if error is None else str(error), group)
+    if error is not None:
+        raise error
+    if found:
+        rank, text = found[0]
+        raise RuntimeError(f"rank {rank} cannot step, so no rank does: {text}")
+    raise RuntimeError(
+        "a rank of another process group cannot step, so no rank does: see its error"
+    )

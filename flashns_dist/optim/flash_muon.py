@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from flashns_dist.exchange import Exchange, agree_on_largest, check_same_setup
+from flashns_dist.exchange import Exchange, check_same_setup
 from flashns_dist.optim.adamw import adamw_step, init_adamw_state
-from flashns_dist.optim.agreement import agree_on_gradients
+from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.binding import BoundParameter, bind_parameter
 from flashns_dist.optim.learning_rate import AdjustLr, check_adjust_lr
 from flashns_dist.optim.rounding import element_noise, stochastic_round_
@@ -213,29 +213,22 @@ class FlashMuon(Optimizer):
         self._check_setup()
         gradients, problem = self._local_gradients()
         members = self._members()
-        active = [False] * len(self._bound)
-        nonfinite: list[str] = []
-        for indices in members:
-            agreement = agree_on_gradients(
-                [self._bound[i] for i in indices], [gradients[i] for i in indices], problem
-            )
-            nonfinite += agreement.nonfinite
-            for index, flag in zip(indices, agreement.active, strict=True):
-                active[index] = flag
-        if self._must_skip(nonfinite, len(members)):
+        found_inf = getattr(self, "found_inf", None)
+        verdict = agree_on_gradients(self._bound, members, gradients, problem, found_inf)
+        if self._must_skip(verdict):
             return loss
         self._unscale(gradients)
         for number, indices in enumerate(members):
-            self._step_matrices(number, indices, active, gradients)
-        self._step_auxiliary(active, gradients)
+            self._step_matrices(number, indices, verdict.active, gradients)
+        self._step_auxiliary(verdict.active, gradients)
         return loss
 
     def _members(self) -> list[list[int]]:
-        """Bound parameters by process group, in an order that is the same on all of its ranks."""
+        """Bound parameters by process group, smallest group first, the same on all ranks."""
         found: dict[tuple[int, ...], list[int]] = {}
         for index, bound in enumerate(self._bound):
             found.setdefault(bound.group_ranks, []).append(index)
-        return [found[ranks] for ranks in sorted(found, key=lambda ranks: (-len(ranks), ranks))]
+        return [found[ranks] for ranks in sorted(found, key=lambda ranks: (len(ranks), ranks))]
 
     def _matrices(self, indices: Sequence[int]) -> list[BoundParameter]:
         return [
@@ -283,33 +276,19 @@ class FlashMuon(Optimizer):
                 problem = problem or str(error)
         return gradients, problem
 
-    def _must_skip(self, nonfinite: list[str], num_groups: int) -> bool:
-        """Whether any rank of any group has a non-finite gradient; raises where asked to.
-
-        Collectives: none for one process group; else, or under a GradScaler, one ``all_reduce`` on
-        the largest group or the world.
-        """
-        found_inf = getattr(self, "found_inf", None)
-        flagged = bool(nonfinite)
-        distributed = dist.is_available() and dist.is_initialized()
-        device = self._bound[0].local(self._bound[0].storage).device
-        if num_groups > 1 or found_inf is not None:
-            flags = torch.tensor([float(flagged), 0.0], device=device)
-            if found_inf is not None:
-                flags[1] = found_inf.to(device).max()
-            group = dist.group.WORLD if distributed and num_groups > 1 else None
-            agreed = agree_on_largest(flags, group or self._bound[0].process_group)
-            if found_inf is not None:
-                return bool(agreed.any())
-            flagged = bool(agreed[0])
-        if flagged and self.nonfinite == "raise":
-            where = ", ".join(nonfinite[:3]) or "a parameter of another process group"
-            more = f" and {len(nonfinite) - 3} more" if len(nonfinite) > 3 else ""
+    def _must_skip(self, verdict: Verdict) -> bool:
+        """Whether some rank has a non-finite gradient; raises where asked to."""
+        if verdict.is_finite:
+            return verdict.found_inf
+        if self.nonfinite == "raise" and getattr(self, "found_inf", None) is None:
+            names = verdict.nonfinite
+            where = ", ".join(names[:3]) or "a parameter of another process group"
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise FloatingPointError(
                 f"the gradient of {where}{more} has a NaN or an infinity on some rank. Weights and "
                 'state are unchanged. Use FlashMuon(nonfinite="skip") to skip such steps.'
             )
-        return flagged
+        return True
 
     def _unscale(self, gradients: Sequence[Tensor | None]) -> None:
         """Divide by the GradScaler's scale where it has not been done."""

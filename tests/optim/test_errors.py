@@ -251,3 +251,27 @@ def differing_meshes() -> None:
 
 def test_meshes_of_one_world_may_differ(ranks: RankPool) -> None:
     ranks.run(4, differing_meshes)
+
+
+def nonfinite_in_a_smaller_group(row_axis_too: bool) -> None:
+    """What one group finds reaches ranks that share no group with it."""
+    device = rank_device().type
+    mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("a", "b"))
+    placed = []
+    for axis in ("a", "b") if row_axis_too else ("b",):
+        value = torch.ones(6, 8, device=rank_device())
+        param = nn.Parameter(distribute_tensor(value, mesh[axis], [Shard(0)], src_data_rank=None))
+        placed.append((f"weight.{axis}", param))
+    if not row_axis_too:
+        value = torch.ones(6, 8, device=rank_device())
+        everywhere = distribute_tensor(value, mesh, [Shard(0), Shard(1)], src_data_rank=None)
+        placed.append(("weight.ab", nn.Parameter(everywhere)))
+    optimizer = FlashMuon(with_gradients(placed))
+    if dist.get_rank() == 3:
+        dict(placed)["weight.b"].grad.to_local().fill_(float("nan"))
+    expect_error(optimizer, (FloatingPointError,), "NaN or an infinity")
+
+
+@pytest.mark.parametrize("row_axis_too", [True, False])
+def test_a_nonfinite_gradient_stops_other_groups_too(ranks: RankPool, row_axis_too: bool) -> None:
+    ranks.run(4, nonfinite_in_a_smaller_group, row_axis_too)
