@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
     TileConfig,
     default_product,
@@ -62,8 +63,10 @@ class TritonKernels:
     ways of loading add the same products in the same order, so that ranks which chose differently
     still agree bitwise. They do not depend on the batch that a matrix is in, either.
 
-    ``symmetric`` and ``gram`` read ``c``'s lower triangle only. float16 and bfloat16 run on tensor
-    cores; float32 in three tf32 passes there, for correctness rather than speed.
+    ``symmetric`` reads the lower triangle of ``c`` only. float16 and bfloat16 run on tensor cores;
+    float32 in three tf32 passes there, for correctness rather than speed. A NaN stays in its
+    matrix. All launches go to the current stream and can be captured in a CUDA graph; under
+    torch.compile each method is one custom operator.
 
     Args:
         tune: Measure the few candidate configurations of a problem (kernel, shape, power-of-two
@@ -99,6 +102,12 @@ class TritonKernels:
         so that it finds in L2 what the first read last. Matrices that are not contiguous rows or
         columns are copied first.
         """
+        _check_dtype("normalize", dtype)
+        if x.dtype == torch.float64:
+            result, norms = TorchKernels().normalize(
+                x, dtype=dtype, transpose=transpose, scale=scale
+            )
+            return result, norms
         batch, rows, cols = x.shape
         if not _packed(x):
             if _packed(x.mT):
@@ -135,6 +144,7 @@ class TritonKernels:
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``interface.Kernels.symmetric``."""
+        _check_dtype("symmetric", a.dtype)
         batch, n, _ = a.shape
         if out is None:
             out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
@@ -167,6 +177,7 @@ class TritonKernels:
         ``column_scale`` is applied in a pass of its own over ``a``, whose result is rounded to
         ``a.dtype``.
         """
+        _check_dtype("product", a.dtype)
         batch, n, _ = a.shape
         m = x.shape[2]
         if out is None:
@@ -338,6 +349,14 @@ class TritonKernels:
 
 def _bind(launch: Callable[[TileConfig], None], config: TileConfig) -> Callable[[], None]:
     return lambda: launch(config)
+
+
+def _check_dtype(operation: str, dtype: torch.dtype) -> None:
+    if dtype not in TL_DTYPES:
+        raise ValueError(
+            f"{operation} in {dtype} is not offered by backend='triton'. Use float16, bfloat16 or "
+            "float32, or backend='torch'."
+        )
 
 
 def _packed(x: Tensor) -> bool:

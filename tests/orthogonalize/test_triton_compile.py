@@ -1,0 +1,126 @@
+"""What Triton's compiler makes of the kernels for Hopper and Ampere; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+# Runs in a process of its own, since this one may have Triton in interpreter mode.
+SCRIPT = """
+import json, os, re, subprocess, sys, tempfile
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flashns_dist.orthogonalize.kernels import triton_configs as configs
+from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
+from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
+
+TOOL = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+
+def build(kernel, types, constants, config, arch):
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        aligned = name in ("n", "m", "k") or name.startswith("stride")
+        aligned = aligned or types.get(name, "").startswith("*")
+        if name not in constants and aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True)
+    registers, stack = (int(re.search(p + r":(\\d+)", usage.stdout)[1]) for p in ("REG", "STACK"))
+    ptx = built.asm["ptx"]
+    return {"config": config.label(), "shared": built.metadata.shared, "stack": stack,
+            "registers": registers, "warps": config.warps, "wgmma": "wgmma" in ptx,
+            "mma": "mma.sync" in ptx, "tma_load": "cp.async.bulk.tensor" in ptx,
+            "tma_store": "bulk.tensor.3d.global.shared" in ptx}
+
+def symmetric(config, tma, arch):
+    size, depth = config.rows, config.depth
+    names = {"alpha": "fp32", "beta": "fp32", "gamma": "fp32"}
+    for name, cols in (("a", depth), ("b", depth), ("c", size), ("out", size)):
+        names[name] = f"tensordesc<fp16[1, {size}, {cols}]>" if tma else "*fp16"
+    constants = dict(HAS_C=True, ALPHA_EACH=False, BETA_EACH=False, GAMMA_EACH=False,
+        A_SWAPPED=False, B_SWAPPED=False, BLOCK=size, BLOCK_K=depth, PAIRS=config.pairs,
+        GROUP=config.group, TMA=tma, DTYPE=tl.float16, PRECISION="ieee",
+        stride_ac=1, stride_bc=1, stride_cc=1, stride_oc=1)
+    return build(symmetric_kernel, names, constants, config, arch)
+
+def product(config, tma, arch):
+    rows, cols, depth = config.rows, config.cols, config.depth
+    names = {"alpha": "fp32", "beta": "fp32"}
+    boxes = {"a": (rows, depth), "x": (depth, cols), "c": (rows, cols), "out": (cols, rows)}
+    for name, (r, c) in boxes.items():
+        names[name] = f"tensordesc<fp16[1, {r}, {c}]>" if tma else "*fp16"
+    constants = dict(HAS_C=True, ALPHA_EACH=False, BETA_EACH=False, A_SWAPPED=False,
+        X_SWAPPED=False, C_SWAPPED=False, TRANSPOSE=True, BLOCK_N=rows, BLOCK_M=cols,
+        BLOCK_K=depth, GROUP=config.group, TMA=tma, DTYPE=tl.float16, PRECISION="ieee",
+        stride_ac=1, stride_xc=1, stride_cc=1, stride_oc=1)
+    return build(product_kernel, names, constants, config, arch)
+
+hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
+hopper += [product(c, True, 90) for c in configs.PRODUCT_TMA]
+ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
+ampere += [product(c, False, 80) for c in configs.PRODUCT_POINTER]
+print(json.dumps({"hopper": hopper, "ampere": ampere}))
+"""
+
+
+def run(*command, **variables):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment | variables, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def built():
+    result = run("-c", SCRIPT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_hopper_kernels_use_wgmma_and_tma_and_spill_nothing(built):
+    for kernel in built["hopper"]:
+        assert kernel["wgmma"], kernel
+        assert kernel["tma_load"], kernel
+        assert kernel["tma_store"], kernel
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= 227 * 1024, kernel
+
+
+def test_two_programs_of_the_first_symmetric_tile_share_an_sm(built):
+    first = built["hopper"][0]
+    # An H100 SM has 228 KB of shared memory, of which a program takes 1 KB more than it asks for,
+    # and 65536 registers.
+    assert 2 * (first["shared"] + 1024) <= 228 * 1024
+    assert 2 * first["registers"] * 32 * first["warps"] <= 65536
+
+
+def test_ampere_kernels_use_tensor_cores_and_fit(built):
+    for kernel in built["ampere"]:
+        assert kernel["mma"], kernel
+        assert kernel["shared"] <= 99 * 1024, kernel  # the limit of consumer Ampere and Ada
+
+
+def test_the_interpreter_tests_run_in_a_process_of_their_own_if_they_must():
+    from triton.language import cdiv
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if torch.cuda.is_available() or isinstance(cdiv, InterpretedFunction):
+        pytest.skip("test_triton_backend.py ran in this process")
+    result = run(
+        "-m", "pytest", "-q", "-x", str(HERE / "test_triton_backend.py"), TRITON_INTERPRET="1"
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
