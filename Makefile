@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 train: $(VENV)/train.stamp
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCS) launch/train.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCS) launch/train.py $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -9,6 +9,9 @@ from torch import nn
 
 NAMES = ("flashmuon", "torch-muon", "adamw")
 
+DEFAULT_LR = {"flashmuon": 0.02, "torch-muon": 0.02, "adamw": 6e-3}
+"""What `--lr` is when it is not given."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -16,16 +19,16 @@ class OptimizerConfig:
 
     Attributes:
         name: One of `NAMES`.
-        lr: Learning rate of the matrices under Muon.
-        aux_lr: Learning rate of everything under AdamW; with `adamw`, of all parameters.
-        weight_decay: Decoupled weight decay of the matrices; with `adamw`, of all matrices.
+        lr: Learning rate of the matrices; with `adamw`, of all parameters. None takes `DEFAULT_LR`.
+        aux_lr: Learning rate of what Muon leaves to AdamW.
+        weight_decay: Decoupled weight decay of the matrices; with `adamw`, embedding and head too.
         momentum: Momentum of Muon.
         betas: Decay rates of AdamW's moments.
     """
 
     name: str = "flashmuon"
-    lr: float = 0.02
-    aux_lr: float = 3e-3
+    lr: float | None = None
+    aux_lr: float = 1e-2
     weight_decay: float = 0.1
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
@@ -38,13 +41,14 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         ValueError: An unknown name.
         NotImplementedError: `torch-muon` with a PyTorch that has none.
     """
+    if config.name not in NAMES:
+        raise ValueError(f"--optimizer {config.name}: unknown. Choose from {', '.join(NAMES)}.")
+    lr = DEFAULT_LR[config.name] if config.lr is None else config.lr
     if config.name == "flashmuon":
-        return [_flashmuon(model, config)]
+        return [_flashmuon(model, lr, config)]
     if config.name == "torch-muon":
-        return _torch_muon(model, config)
-    if config.name == "adamw":
-        return [_adamw(list(model.parameters()), config, config.weight_decay)]
-    raise ValueError(f"--optimizer {config.name}: unknown. Choose from {', '.join(NAMES)}.")
+        return _torch_muon(model, lr, config)
+    return [_adamw(list(model.parameters()), lr, config.weight_decay, config.betas)]
 
 
 def parameter_table(model: nn.Module) -> str:
@@ -54,12 +58,12 @@ def parameter_table(model: nn.Module) -> str:
     return parameter_groups(model).table()
 
 
-def _flashmuon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _flashmuon(model: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
     from flashns_dist import FlashMuon, parameter_groups
 
     return FlashMuon(
         parameter_groups(model),
-        lr=config.lr,
+        lr=lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         aux_lr=config.aux_lr,
@@ -67,7 +71,9 @@ def _flashmuon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimiz
     )
 
 
-def _torch_muon(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def _torch_muon(
+    model: nn.Module, lr: float, config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
     if not hasattr(torch.optim, "Muon"):
         raise NotImplementedError(
             f"--optimizer torch-muon: PyTorch {torch.__version__} has no torch.optim.Muon. "
@@ -79,13 +85,16 @@ def _torch_muon(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.O
         is_matrix = parameter.ndim == 2 and not name.startswith(("embedding.", "head."))
         (matrices if is_matrix else rest).append(parameter)
     muon = torch.optim.Muon(
-        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        matrices, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
-    return [muon, _adamw(rest, config, 0.0)]
+    return [muon, _adamw(rest, config.aux_lr, 0.0, config.betas)]
 
 
 def _adamw(
-    parameters: list[nn.Parameter], config: OptimizerConfig, weight_decay: float
+    parameters: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
 ) -> torch.optim.AdamW:
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]
@@ -94,6 +103,6 @@ def _adamw(
             {"params": matrices, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=config.aux_lr,
-        betas=config.betas,
+        lr=lr,
+        betas=betas,
     )

@@ -86,8 +86,10 @@ def summarize(record: Path, facts: RunFacts, files: dict[str, Path]) -> str:
     }
     if evaluations:
         rows["validation loss"] = f"{evaluations[-1]['validation_loss']:.3f}"
-    rows["tokens/s"] = f"{_speed(steps, facts):,.0f} (evaluation and checkpoints not counted)"
-    share = _total(steps, "optimizer_seconds") / _total(steps, "seconds")
+    rows["tokens/s"] = (
+        f"{_speed(steps, facts):,.0f} (first step, evaluation and checkpoints not counted)"
+    )
+    share = _total(_measured(steps), "optimizer_seconds") / _total(_measured(steps), "seconds")
     rows["optimizer share"] = f"{share:.1%} of the step time"
     rows |= {f"→ {name}": str(path) for name, path in files.items()}
     width = max(map(len, rows))
@@ -99,16 +101,17 @@ def _total(steps: list[dict[str, Any]], name: str) -> float:
 
 
 def _speed(steps: list[dict[str, Any]], facts: RunFacts) -> float:
-    # The first step pays for allocation and, on CUDA, compilation.
-    measured = steps[1:] or steps
+    measured = _measured(steps)
     return len(measured) * facts.tokens_per_step / _total(measured, "seconds")
 
 
-def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Average exponentially, corrected for the start."""
-    smoothed, total, norm = [], 0.0, 0.0
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        smoothed.append(total / norm)
-    return smoothed
+def _measured(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # The first step pays for the plan, for allocation and, on CUDA, for compilation.
+    return steps[1:] or steps
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Average over a window around each value, narrower at both ends."""
+    reach = max(1, len(values) // 40)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.model import SIZES
-from launch.optimizers import NAMES, OptimizerConfig
+from launch.optimizers import DEFAULT_LR, NAMES, OptimizerConfig
 
 # What belongs to the machine and not to the run: a resumed run may choose it anew.
 _OF_THE_MACHINE = frozenset({"resume", "runs", "name", "mesh", "device", "threads", "stop_after"})
@@ -27,7 +27,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         saved = saved_settings(first.resume)
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in _OF_THE_MACHINE})
     settings = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_batches"):
+    for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_every", "eval_batches"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return settings
@@ -57,11 +57,21 @@ def optimizer_config(settings: argparse.Namespace) -> OptimizerConfig:
     )
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults, except those that mean 'not given'."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, False, [], argparse.SUPPRESS)
+        return f"{text} (default: %(default)s)".lstrip() if shown else text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
-        description="Train a decoder-only transformer: torchrun --nproc-per-node 2 launch/train.py",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a decoder-only transformer with FlashMuon, AdamW or torch.optim.Muon, "
+        "on one process or under torchrun: torchrun --nproc-per-node 2 launch/train.py",
+        formatter_class=_HelpFormatter,
     )
     _add_run(parser.add_argument_group("run"))
     _add_training(parser.add_argument_group("training"))
@@ -70,57 +80,72 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--name", help="of the run; a time stamp if not given")
-    group.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
-    group.add_argument(
-        "--resume", type=Path, metavar="DIR", help="run or checkpoint to continue, on any mesh"
-    )
-    group.add_argument("--engine", choices=["torch"], default="torch", help="what shards and steps")
-    group.add_argument(
+    add = group.add_argument
+    add("--name", help="of the run; a time stamp if not given")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs")
+    add("--resume", type=Path, metavar="DIR", help="run or checkpoint to continue, on any mesh")
+    add("--engine", choices=["torch"], default="torch", help="what shards and steps")
+    add(
         "--mesh",
+        metavar="AXES",
         help="axes ddp, replicate, fsdp, tp with sizes, as in 'fsdp', 'ddp=2', "
         "'replicate=2,fsdp=2' (HSDP) or 'fsdp=2,tp=2'; 'fsdp' over all processes if not given",
     )
-    group.add_argument("--device", choices=["cpu", "cuda"], help="cuda where present")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on cuda")
-    group.add_argument("--threads", type=int, help="CPU threads per process")
-    group.add_argument("--compile", action="store_true", help="torch.compile each block")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument(
-        "--checkpoint-every", type=int, default=0, help="steps; 0 means at the end alone"
-    )
-    group.add_argument("--stop-after", type=int, help="stop at this step, as if interrupted")
+    add("--device", choices=["cpu", "cuda"], help="cuda if there is a GPU for each process")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the passes; bfloat16 on cuda")
+    add("--threads", type=int, metavar="N", help="CPU threads per process; shares the cores")
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and the batches")
+    add("--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0: at the end alone")
+    add("--stop-after", type=int, metavar="N", help="end at this step, as if interrupted")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
-    defaults = OptimizerConfig()
-    group.add_argument(
+    add, defaults = group.add_argument, OptimizerConfig()
+    add(
         "--data",
         nargs="+",
         default=[],
-        help="text files or .bin token shards of the NanoGPT speedrun; files, folders or patterns "
-        "(default: the source of the Python standard library)",
+        metavar="PATH",
+        help="text files or .bin token shards of the NanoGPT speedrun; files, folders or patterns. "
+        "The source of the Python standard library if not given",
     )
-    group.add_argument("--optimizer", choices=NAMES, default=defaults.name)
-    group.add_argument("--lr", type=float, default=defaults.lr, help="of the matrices")
-    group.add_argument("--aux-lr", type=float, default=defaults.aux_lr, help="of AdamW")
-    group.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
-    group.add_argument("--momentum", type=float, default=defaults.momentum)
-    group.add_argument("--clip", type=float, default=1.0, help="gradient norm; 0 leaves it alone")
-    group.add_argument("--steps", type=int, default=240)
-    group.add_argument("--warmup", type=int, default=10, help="steps")
-    group.add_argument("--cooldown", type=float, default=0.4, help="share of the steps")
-    group.add_argument("--batch-size", type=int, default=16, help="sequences, over all processes")
-    group.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one by one")
-    group.add_argument("--eval-every", type=int, default=40, help="steps")
-    group.add_argument("--eval-batches", type=int, default=4)
+    add("--optimizer", choices=NAMES, default=defaults.name, help="of the matrices")
+    rates = ", ".join(f"{rate:g} with {name}" for name, rate in DEFAULT_LR.items())
+    add("--lr", type=float, metavar="X", help=f"of the matrices (adamw: of all); {rates}")
+    add(
+        "--aux-lr",
+        type=float,
+        default=defaults.aux_lr,
+        metavar="X",
+        help="of what Muon leaves to AdamW",
+    )
+    add(
+        "--weight-decay",
+        type=float,
+        default=defaults.weight_decay,
+        metavar="X",
+        help="decoupled, of the matrices",
+    )
+    add("--momentum", type=float, default=defaults.momentum, metavar="X", help="of Muon")
+    add("--clip", type=float, default=1.0, metavar="X", help="gradient norm; 0 leaves it alone")
+    add("--steps", type=int, default=360, metavar="N", help="updates of the weights")
+    add("--warmup", type=int, default=10, metavar="N", help="steps")
+    add("--cooldown", type=float, default=0.4, metavar="X", help="share of the steps")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences, over all processes")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, one by one")
+    add("--eval-every", type=int, default=60, metavar="N", help="steps")
+    add("--eval-batches", type=int, default=8, metavar="N", help="batches of the same size")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--size", choices=list(SIZES), default="tiny")
-    group.add_argument("--seq-len", type=int, default=256)
-    group.add_argument("--dim", type=int, help="instead of the one of --size; so the next four")
-    group.add_argument("--layers", type=int)
-    group.add_argument("--heads", type=int)
-    group.add_argument("--kv-heads", type=int)
-    group.add_argument("--hidden-dim", type=int)
+    add = group.add_argument
+    add("--size", choices=list(SIZES), default="tiny", help="shape of the model")
+    add("--seq-len", type=int, default=256, metavar="N", help="tokens of context")
+    add(
+        "--dim", type=int, metavar="N", help="width, instead of the one of --size; so the next four"
+    )
+    add("--layers", type=int, metavar="N", help="blocks")
+    add("--heads", type=int, metavar="N", help="of queries")
+    add("--kv-heads", type=int, metavar="N", help="of keys and values")
+    add("--hidden-dim", type=int, metavar="N", help="width of the feed-forward layer")

@@ -83,7 +83,7 @@ def joined_world(device_name: str | None, threads: int | None) -> Iterator[World
     if joined:
         pass
     elif device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=_TIMEOUT)
+        dist.init_process_group("nccl", device_id=device, timeout=_TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
