@@ -86,6 +86,7 @@ def find_partitions(engine: Any, groups: Sequence[Mapping[str, Any]]) -> list[Pa
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return _stage3_partitions(wrapper, names)
     if kind == "FP16_UnfusedOptimizer":
+        _check_unscaled(wrapper)
         masters = attribute(wrapper, "fp32_groups")
         originals = attribute(wrapper, "fp16_groups")
         return _whole_partitions(engine, masters, originals, names)
@@ -96,6 +97,20 @@ def find_partitions(engine: Any, groups: Sequence[Mapping[str, Any]]) -> list[Pa
         f"FlashMuon's adapter does not know DeepSpeed {VERSION}'s {kind}. Use ZeRO stage 0, 1, 2 "
         "or 3 without the feature that selects it."
     )
+
+
+def _check_unscaled(wrapper: Any) -> None:
+    """Refuse stage 0 with a loss scale: ``step`` divides by it, ``backward`` does not multiply.
+
+    fp16 in 0.19, bf16 too in 0.18. Clipping and AdamW would see gradients that are too small.
+    """
+    scale = float(attribute(wrapper, "loss_scale"))
+    if scale != 1:
+        raise NotImplementedError(
+            f"FlashMuon does not support DeepSpeed {VERSION}'s stage 0 with a loss scale of "
+            f"{scale:g}: its step divides gradients by the scale, but its backward has not "
+            'multiplied the loss by it. Use stage 1, or "fp16": {"loss_scale": 1}.'
+        )
 
 
 def _whole_partitions(

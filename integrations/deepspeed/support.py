@@ -51,14 +51,6 @@ def _parallelism(engine: Any) -> Iterator[tuple[str, str]]:
 
 
 def _precision(engine: Any) -> Iterator[tuple[str, str]]:
-    stage = engine.zero_optimization_stage()
-    if stage == 0 and engine.fp16_enabled() and engine.loss_scale() != 1:
-        yield (
-            "fp16 in stage 0",
-            "its backward does not multiply the loss by the loss scale, but its step divides "
-            "gradients by it, so clipping and AdamW see gradients that are too small. Use stage 1, "
-            'bf16, or "fp16": {"loss_scale": 1}.',
-        )
     if getattr(engine, "amp_enabled", lambda: False)():
         yield "amp (apex)", "use bf16 or fp16 instead."
     autocast = getattr(engine, "torch_autocast_enabled", lambda: False)()

@@ -1,0 +1,152 @@
+"""FlashMuon under DeepSpeed gives the weights of one process without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashns_dist.testing.pool import RankPool
+from tests.integrations.deepspeed_training import (
+    STEPS,
+    config,
+    deepspeed_ready,
+    full_weights,
+    make,
+    reference,
+    relative_difference,
+    rounding_error,
+    train,
+)
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
+
+CLIP = {"many": 50.0, "few": 20.0, "transformer": 0.25}
+
+
+def run_engine(deepspeed: Any, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    module, data = make(model)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=module.parameters(), config=settings
+    )
+    losses, norms = train(engine, data, range(STEPS))
+    round_robin = settings["zero_optimization"].get("round_robin_gradients", False)
+    result = {
+        "weights": full_weights(engine, low_precision=round_robin),
+        "losses": losses,
+        "norms": norms,
+        "wrapper": type(engine.optimizer).__name__,
+        "cut": cut_matrices(engine.basic_optimizer),
+    }
+    engine.destroy()
+    return result
+
+
+def cut_matrices(optimizer: Any) -> int:
+    """How many matrices have parts on several ranks."""
+    return sum(
+        sum(stop > start for start, stop in item.ranges) > 1
+        for partition in optimizer._partitions
+        for item in partition.slices
+        if len(item.shape) > 1
+    )
+
+
+def check_norms(ours: list[float | None], theirs: list[float], tolerance: float, case: str) -> None:
+    """The reported norms are those of the raw gradients; stage 0 in fp32 reports none."""
+    if None in ours:
+        assert "'stage': 0" in case
+        return
+    torch.testing.assert_close(
+        torch.tensor(ours),
+        torch.tensor(theirs),
+        rtol=tolerance,
+        atol=0,
+        msg=f"{case}: {ours}, {theirs}",
+    )
+
+
+def compare_exactly(model: str, stage: int) -> None:
+    """Bitwise without clipping; with it, up to how the norm is summed."""
+    size = dist.get_world_size()
+    with deepspeed_ready() as deepspeed:
+        for accumulation in (1, 4):
+            for clip in (0.0, CLIP[model]):
+                settings = config(stage, size, accumulation=accumulation, clip=clip)
+                result = run_engine(deepspeed, model, settings)
+                expected = reference(model, clip)
+                case = str({"stage": stage, "accumulation": accumulation, "clip": clip})
+                for name, weight in expected["weights"].items():
+                    ours = result["weights"][name]
+                    if clip or weight.ndim < 2:  # vectorized AdamW rounds its tail differently
+                        torch.testing.assert_close(
+                            ours, weight, rtol=1e-6, atol=1e-6, msg=f"{case}: {name}"
+                        )
+                    else:
+                        assert torch.equal(ours, weight), f"{case}: {name} differs"
+                if clip:
+                    check_norms(result["norms"], expected["norms"], 1e-6, case)
+                if model == "many" and size > 1 and stage > 0:
+                    assert result["cut"] > 0, "no matrix is cut: the test tests nothing"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("model", ["many", "few"])
+def test_weights_equal_those_of_one_process_in_every_bit(
+    ranks: RankPool, model: str, stage: int, world_size: int
+) -> None:
+    ranks.run(world_size, compare_exactly, model, stage)
+
+
+def compare_transformer(cases: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """(wrapper, relative difference of the weights, the unit of it) of each case."""
+    found = []
+    with deepspeed_ready() as deepspeed:
+        for case in cases:
+            clip = case.get("clip", 0.0)
+            result = run_engine(deepspeed, "transformer", config(world_size=_size(), **case))
+            expected = reference("transformer", clip)
+            if clip:
+                check_norms(result["norms"], expected["norms"], 1e-4, str(case))
+            found.append(
+                (
+                    result["wrapper"],
+                    relative_difference(result["weights"], expected["weights"]),
+                    rounding_error("transformer", clip),
+                )
+            )
+    return found
+
+
+def _size() -> int:
+    return dist.get_world_size()
+
+
+FP32_CASES: list[dict[str, Any]] = [
+    {"stage": 0, "accumulation": 4, "clip": 0.25},
+    {"stage": 1, "accumulation": 4, "clip": 0.25},
+    {"stage": 2, "accumulation": 4, "clip": 0.25},
+    {"stage": 3, "accumulation": 4, "clip": 0.25},
+    {"stage": 1, "zero": {"round_robin_gradients": True}},
+    {"stage": 2, "zero": {"round_robin_gradients": True}, "accumulation": 4},
+    {"stage": 1, "zero": {"offload_optimizer": {"device": "cpu"}}, "clip": 0.25},
+    {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}, "accumulation": 4},
+    {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}}, "clip": 0.25},
+    {
+        "stage": 3,
+        "zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
+    {"stage": 3, "zero": {"sub_group_size": 700}, "clip": 0.25},
+    {"stage": 3, "zero": {"stage3_param_persistence_threshold": 10**6}},
+    {"stage": 2, "zero": {"overlap_comm": True, "contiguous_gradients": False}},
+]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_transformer_trains_as_in_one_process(ranks: RankPool, world_size: int) -> None:
+    results = ranks.run(world_size, compare_transformer, FP32_CASES)[0]
+    for case, (_, difference, unit) in zip(FP32_CASES, results, strict=True):
+        assert difference < 10 * unit, f"{case}: {difference:.1e}, rounding makes {unit:.1e}"
