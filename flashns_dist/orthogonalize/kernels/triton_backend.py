@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
     TileConfig,
@@ -22,7 +23,6 @@ from flashns_dist.orthogonalize.kernels.triton_configs import (
 from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting, repair
 from flashns_dist.orthogonalize.kernels.triton_launch import (
     TL_DTYPES,
-    described,
     launch_product,
     launch_symmetric,
     precision,

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig
 from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
@@ -20,24 +21,6 @@ TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float
 def precision(dtype: torch.dtype, tensor_cores: bool) -> str:
     """Triton's ``input_precision``: fp32 in three tf32 passes where there are tensor cores."""
     return "tf32x3" if dtype == torch.float32 and tensor_cores else "ieee"
-
-
-def described(t: Tensor) -> bool | None:
-    """Whether a descriptor can express ``(batch, rows, cols)``: as it is, transposed, or not.
-
-    Returns:
-        False if the last dimension is the contiguous one, True if the one before it is, None if
-        neither is, or an address or a stride is not a multiple of 16 bytes.
-    """
-    size = t.element_size()
-    batch_stride, row, col = t.stride()
-    if t.data_ptr() % 16 or (t.shape[0] > 1 and (batch_stride * size % 16 or batch_stride == 0)):
-        return None
-    if col == 1 and row * size % 16 == 0 and row >= t.shape[2]:
-        return False
-    if row == 1 and col * size % 16 == 0 and col >= t.shape[1]:
-        return True
-    return None
 
 
 def descriptor(t: Tensor, swapped: bool, rows: int, cols: int) -> Any:

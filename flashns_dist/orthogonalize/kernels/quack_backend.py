@@ -1,0 +1,177 @@
+"""The quack backend: CuTe DSL products for Hopper and Blackwell, if quack-kernels is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.strides import described
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+
+_HALF = (torch.float16, torch.bfloat16)
+_NEEDED = ("gemm", "gemm_add", "gemm_symmetric")
+# quack computes symmetric results in squares of this size, of which it mirrors all but those on the
+# diagonal.
+_DIAGONAL_BLOCK = 256
+
+
+@cache
+def unavailable(device_index: int | None = None) -> str | None:
+    """Why quack cannot be used on a CUDA device, or None if it can."""
+    if importlib.util.find_spec("quack") is None:
+        return "quack-kernels is not installed (pip install 'flashns-dist[quack]')"
+    if not torch.cuda.is_available():
+        return "quack needs a CUDA device"
+    major, _ = torch.cuda.get_device_capability(device_index)
+    if major not in (9, 10, 11):
+        return f"quack is used on compute capability 9, 10 and 11 only, and this is {major}"
+    try:
+        interface = importlib.import_module("quack.gemm_interface")
+    except Exception as error:  # a DSL version that quack does not fit raises all sorts of things
+        return f"quack.gemm_interface cannot be imported ({type(error).__name__}: {error})"
+    missing = [name for name in _NEEDED if not hasattr(interface, name)]
+    if missing:
+        return f"this quack-kernels has no gemm_interface.{', '.join(missing)}: use 0.5 or later"
+    return None
+
+
+class QuackKernels:
+    """``interface.Kernels`` on quack's GEMMs; see there for what each method computes.
+
+    What quack does not offer goes to the Triton backend where that can be imported, and to torch
+    otherwise: normalization, column scales, multiples of the identity, scalars that differ by
+    matrix, fp32, and layouts that bulk copies cannot express.
+
+    Raises:
+        ImportError: If quack cannot be used here, with the reason.
+    """
+
+    name = "quack"
+
+    def __init__(self) -> None:
+        reason = unavailable()
+        if reason is not None:
+            raise ImportError(reason)
+        self._quack: Any = importlib.import_module("quack.gemm_interface")
+        self._other = _other_backend()
+
+    def normalize(
+        self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.normalize``."""
+        return self._other.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
+
+    def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
+        """See ``interface.Kernels.gram``."""
+        if isinstance(alpha, Tensor) or not _fits(x, out) or x.numel() == 0:
+            return self._other.gram(x, alpha=alpha, out=out)
+        # x x^T is symmetric as computed: an entry and its mirror image add the same products.
+        result: Tensor = self._quack.gemm_symmetric(x, x.mT, out=out, alpha=float(alpha))
+        return result
+
+    def symmetric(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        gamma: Scalar = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.symmetric``."""
+        numbers = not any(isinstance(scalar, Tensor) for scalar in (alpha, beta, gamma))
+        if not numbers or gamma != 0.0 or not _fits(a, b, c, out) or a.numel() == 0:
+            return self._other.symmetric(a, b, alpha=alpha, c=c, beta=beta, gamma=gamma, out=out)
+        result: Tensor = self._quack.gemm_symmetric(
+            a, b, C=c, out=out, alpha=float(alpha), beta=float(beta)
+        )
+        mirror_diagonal_blocks(result, _DIAGONAL_BLOCK)
+        return result
+
+    def product(
+        self,
+        a: Tensor,
+        x: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        column_scale: Tensor | None = None,
+        transpose: bool = False,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.product``."""
+        numbers = not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
+        half = (dtype or x.dtype) in _HALF and column_scale is None
+        if not numbers or not half or not _fits(a, x, c, out) or x.numel() == 0:
+            return self._other.product(
+                a,
+                x,
+                alpha=alpha,
+                c=c,
+                beta=beta,
+                column_scale=column_scale,
+                transpose=transpose,
+                dtype=dtype,
+                out=out,
+            )
+        # (a x)^T = x^T a^T: a transposed result costs nothing.
+        left, right = (x.mT, a.mT) if transpose else (a, x)
+        options: dict[str, Any] = {
+            "out": out,
+            "alpha": float(alpha),
+            "out_dtype": dtype or x.dtype,
+            "tuned": False,
+        }
+        result: Tensor
+        if c is None or beta == 0.0:
+            result = self._quack.gemm(left, right, **options)
+        else:
+            third = c.mT if transpose else c
+            result = self._quack.gemm_add(left, right, third, beta=float(beta), **options)
+        return result
+
+
+def mirror_diagonal_blocks(matrix: Tensor, block: int) -> None:
+    """Copies the lower triangle of each square on the diagonal over its upper one, in place.
+
+    Args:
+        matrix: ``(batch, n, n)``, symmetric outside the squares of size ``block``.
+        block: Their size; the last one may be smaller.
+    """
+    batch, n, _ = matrix.shape
+    batch_stride, row, col = matrix.stride()
+    full = n // block
+    squares = matrix.as_strided(
+        (batch, full, block, block), (batch_stride, block * (row + col), row, col)
+    )
+    for square in (squares, matrix[:, full * block :, full * block :]):
+        if square.numel():
+            lower = square.tril()
+            square.copy_(lower + lower.tril(-1).mT)
+
+
+def _fits(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether quack takes these operands: 16-bit, with 16-byte aligned rows or columns."""
+    if first.dtype not in _HALF or first.device.type != "cuda":
+        return False
+    return all(
+        t is None or (t.dtype == first.dtype and described(t) is not None) for t in (first, *others)
+    )
+
+
+def _other_backend() -> Kernels:
+    if importlib.util.find_spec("triton") is None:
+        return TorchKernels()
+    module = importlib.import_module("flashns_dist.orthogonalize.kernels.triton_backend")
+    kernels: Kernels = module.TritonKernels()
+    return kernels

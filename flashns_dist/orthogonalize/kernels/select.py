@@ -1,0 +1,213 @@
+"""Choosing a backend: a fixed rule, or for each product what was measured to be fastest."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.tuning import (
+    TuningCache,
+    batch_bucket,
+    fastest,
+    tuning_requested,
+)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def choose(
+    device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype
+) -> str | SelectedKernels:
+    """What ``backend="auto"`` means on a device.
+
+    Triton for float16 and bfloat16 on compute capability 8.0 and later, torch otherwise. On Hopper
+    and Blackwell single products go to cuBLAS or quack where a measurement that is on disk says
+    that these are faster (see ``SelectedKernels``).
+
+    Args:
+        device: Where the matrices are.
+        shape: ``(batch, n, m)`` with ``n <= m``.
+        dtype: Of the iteration.
+
+    Returns:
+        The name of a backend, or one that combines several.
+    """
+    del shape
+    if device.type != "cuda" or dtype not in _HALF:
+        return "torch"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _for_device(index)
+
+
+@cache
+def _for_device(index: int) -> str | SelectedKernels:
+    major, _ = torch.cuda.get_device_capability(index)
+    if major < 8 or importlib.util.find_spec("triton") is None:
+        if major >= 8:
+            warnings.warn(
+                "Triton is not installed: orthogonalize falls back to torch, which computes "
+                "symmetric products in full. Install flashns-dist[triton].",
+                stacklevel=2,
+            )
+        return "torch"
+    from flashns_dist.orthogonalize.kernels import load_backend
+    from flashns_dist.orthogonalize.kernels.quack_backend import unavailable
+
+    members = {"triton": load_backend("triton"), "torch": load_backend("torch")}
+    if unavailable(index) is None:
+        members["quack"] = load_backend("quack")
+    return SelectedKernels(members)
+
+
+class SelectedKernels:
+    """Each product from the member that was measured to be fastest for its problem.
+
+    A problem is a product, its shape, the batch rounded up to a power of two, the dtype and the
+    device. A choice is read from the disk cache; a problem that is not there is measured if
+    ``$FLASHNS_DIST_TUNE`` asks for it, and otherwise goes to the first member. Members differ in
+    the last bits (cuBLAS and quack add in an order of their own), so that ranks that must agree
+    bitwise must share one cache, or measure nothing.
+
+    Args:
+        members: Backends by name; the first is the default, and carries everything that is not
+            chosen: normalization, and products whose scalars differ by matrix.
+        tune: Whether to measure; None asks the environment.
+        cache: Where choices are kept.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self,
+        members: dict[str, Kernels],
+        *,
+        tune: bool | None = None,
+        cache: TuningCache | None = None,
+    ) -> None:
+        self._members = members
+        self._default = next(iter(members.values()))
+        self._tune = tune
+        self._cache = cache if cache is not None else TuningCache()
+
+    def normalize(
+        self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.normalize``."""
+        return self._default.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
+
+    def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
+        """See ``interface.Kernels.gram``."""
+
+        def call(kernels: Kernels) -> Tensor:
+            return kernels.gram(x, alpha=alpha, out=out)
+
+        return self._run("gram", x, x.shape[2], (alpha,), call)
+
+    def symmetric(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        gamma: Scalar = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.symmetric``."""
+
+        def call(kernels: Kernels) -> Tensor:
+            return kernels.symmetric(a, b, alpha=alpha, c=c, beta=beta, gamma=gamma, out=out)
+
+        kind = "symmetric" if c is None else "symmetric_c"
+        return self._run(kind, a, a.shape[2], (alpha, beta, gamma), call)
+
+    def product(
+        self,
+        a: Tensor,
+        x: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        column_scale: Tensor | None = None,
+        transpose: bool = False,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.product``."""
+
+        def call(kernels: Kernels) -> Tensor:
+            return kernels.product(
+                a,
+                x,
+                alpha=alpha,
+                c=c,
+                beta=beta,
+                column_scale=column_scale,
+                transpose=transpose,
+                dtype=dtype,
+                out=out,
+            )
+
+        result = out.dtype if out is not None else dtype or x.dtype
+        kind = f"product_{'t' if transpose else 'n'}{'' if c is None else 'c'}_{str(result)[6:]}"
+        return self._run(kind, a, x.shape[2], (alpha, beta, column_scale), call)
+
+    def __getattr__(self, name: str) -> Any:
+        # Optional extras, such as gram_space, are the default member's.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._default, name)
+
+    def _run(
+        self,
+        kind: str,
+        a: Tensor,
+        m: int,
+        scalars: tuple[Scalar | None, ...],
+        call: Callable[[Kernels], Tensor],
+    ) -> Tensor:
+        if torch.compiler.is_compiling() or any(isinstance(s, Tensor) for s in scalars):
+            return call(self._default)
+        if a.numel() == 0 or a.dtype not in _HALF:
+            return call(self._default)
+        batch, n, _ = a.shape
+        problem = (
+            f"select-{'+'.join(self._members)}-{kind}-{n}x{m}-b{batch_bucket(batch)}"
+            f"-{str(a.dtype)[6:]}-{_device_name(a)}"
+        )
+        choice = self._cache.lookup(problem)
+        if choice is None:
+            wanted = tuning_requested() if self._tune is None else self._tune
+            if wanted and not (a.is_cuda and torch.cuda.is_current_stream_capturing()):
+                choice = self._measure(problem, kind, call)
+        return call(self._members.get(str(choice), self._default))
+
+    def _measure(self, problem: str, kind: str, call: Callable[[Kernels], Tensor]) -> str:
+        # torch has no symmetric product to offer: it computes and writes the whole square.
+        skipped = () if kind.startswith("product") else ("torch",)
+        names = [name for name in self._members if name not in skipped]
+        best, seconds = fastest([(name, _bind(call, self._members[name])) for name in names])
+        self._cache.store(problem, names[best], seconds)
+        return names[best]
+
+
+def _bind(call: Callable[[Kernels], Tensor], kernels: Kernels) -> Callable[[], Tensor]:
+    return lambda: call(kernels)
+
+
+def _device_name(a: Tensor) -> str:
+    return _cuda_name(a.get_device()) if a.is_cuda else a.device.type
+
+
+@cache
+def _cuda_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)

@@ -1,0 +1,140 @@
+"""Measured choices: the disk cache, and which backend a product gets."""
+
+import json
+
+import pytest
+import torch
+
+from flashns_dist.orthogonalize.kernels import select, tuning
+from flashns_dist.orthogonalize.kernels.select import SelectedKernels, choose
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.kernels.tuning import (
+    TuningCache,
+    batch_bucket,
+    cache_folder,
+    fastest,
+)
+
+
+def test_batches_share_buckets_of_powers_of_two():
+    assert [batch_bucket(b) for b in (1, 2, 3, 4, 5, 300)] == [1, 2, 4, 4, 8, 512]
+
+
+def test_choices_outlive_the_process_that_made_them(tmp_path):
+    TuningCache(tmp_path).store("symmetric 8x8", "128x128", {"128x128": 1e-3})
+    assert TuningCache(tmp_path).lookup("symmetric 8x8") == "128x128"
+    assert TuningCache(tmp_path).lookup("symmetric 8x9") is None
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
+
+
+def test_problems_whose_file_names_collide_are_told_apart(tmp_path):
+    TuningCache(tmp_path).store("a b", 1, {})
+    assert TuningCache(tmp_path).lookup("a/b") is None
+
+
+def test_damaged_files_count_as_absent(tmp_path):
+    TuningCache(tmp_path).store("a", 1, {})
+    (path,) = tmp_path.iterdir()
+    for content in ("", "{", "[1]", '{"choice": 1}', json.dumps({"problem": "a", "choice": [1]})):
+        path.write_text(content)
+        assert TuningCache(tmp_path).lookup("a") is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = TuningCache(tmp_path / "file" / "below")
+    cache.store("a", 1, {})
+    assert cache.lookup("a") == 1
+
+
+def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHNS_DIST_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("FLASHNS_DIST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_folder()) == "/somewhere/flashns_dist"
+
+
+def test_candidates_that_fail_are_left_out(monkeypatch):
+    def measure(call):
+        return call()
+
+    def broken():
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    best, seconds = fastest([("slow", lambda: 2.0), ("broken", broken), ("fast", lambda: 1.0)])
+    assert best == 2
+    assert seconds == {"slow": 2.0, "fast": 1.0}
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        fastest([("broken", broken)])
+
+
+class Named(TorchKernels):
+    """torch's products, noting that they were asked for."""
+
+    def __init__(self, name, log):
+        self.name = name
+        self.log = log
+
+    def symmetric(self, *args, **options):
+        self.log.append(self.name)
+        return super().symmetric(*args, **options)
+
+    def product(self, *args, **options):
+        self.log.append(self.name)
+        return super().product(*args, **options)
+
+
+@pytest.fixture
+def members():
+    log = []
+    return {name: Named(name, log) for name in ("triton", "torch", "quack")}, log
+
+
+def test_without_measurements_the_first_member_does_everything(members, tmp_path):
+    backends, log = members
+    kernels = SelectedKernels(backends, tune=False, cache=TuningCache(tmp_path))
+    x = torch.randn(2, 4, 8).half()
+    kernels.product(kernels.gram(x), x)
+    assert log == ["triton", "triton"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
+    backends, log = members
+    order = []
+
+    def measured(candidates):
+        names = [name for name, _ in candidates]
+        order.append(names)
+        return names.index("quack"), dict.fromkeys(names, 1.0)
+
+    monkeypatch.setattr(select, "fastest", measured)
+    x = torch.randn(2, 4, 8).half()
+    kernels = SelectedKernels(backends, tune=True, cache=TuningCache(tmp_path))
+    kernels.gram(x)
+    kernels.gram(x[:, :, :8])
+    kernels.product(kernels.gram(x), x, transpose=True)
+    # torch has no symmetric product of half the work, so it is not among those measured.
+    assert order == [["triton", "quack"], ["triton", "torch", "quack"]]
+    assert set(log) == {"quack"}
+    log.clear()
+    again = SelectedKernels(backends, tune=False, cache=TuningCache(tmp_path))
+    again.gram(x)
+    again.gram(x.float())  # never measured: the first member's
+    again.gram(x, alpha=torch.ones(2))
+    assert log == ["quack", "triton", "triton"]
+
+
+def test_extras_are_those_of_the_first_member(members):
+    backends, _ = members
+    kernels = SelectedKernels(backends)
+    assert not hasattr(kernels, "gram_space")
+    backends["triton"].gram_space = lambda x, rows: "done"
+    assert kernels.gram_space(None, ()) == "done"
+
+
+def test_the_cpu_gets_torch():
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert choose(torch.device("cpu"), (1, 4, 4), dtype) == "torch"
