@@ -111,7 +111,10 @@ def _measured(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Average over a window around each value, narrower at both ends."""
-    reach = max(1, len(values) // 40)
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    """Average over a window around each value, narrower at both ends so that it stays centred."""
+    smoothed = []
+    for i in range(len(values)):
+        reach = min(max(1, len(values) // 40), i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
