@@ -41,6 +41,9 @@ HALF = (torch.float16, torch.bfloat16)
 TILES = TileConfig(64, 64, 32, 4, 3) if CUDA else TileConfig(32, 32, 32, 4, 2)
 PAIRS = TileConfig(64, 64, 32, 4, 3, pairs=True) if CUDA else TileConfig(32, 32, 32, 4, 2, True)
 
+# On a GPU no smaller than 64, below which Triton takes another tensor-core instruction.
+OTHER = TileConfig(64, 64, 64, 8, 2, group=2) if CUDA else TileConfig(16, 16, 64, 4, 2, group=2)
+
 
 def random(*shape, seed=0, dtype=torch.float32):
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -52,8 +55,11 @@ def error(result, exact):
 
 
 def assert_as_good(result, reference, exact):
-    """At most 1.25 times torch's error in the same dtype, and a few fp32 roundings."""
-    assert error(result, exact) <= 1.25 * error(reference, exact) + 1e-6
+    """At most 1.25 times torch's error in the same dtype, and a few fp32 roundings.
+
+    On a GPU fp32 is computed in three tf32 passes, which lose about three bits.
+    """
+    assert error(result, exact) <= 1.25 * error(reference, exact) + (1e-5 if CUDA else 1e-6)
 
 
 def kernels_of(descriptors, config=TILES):
@@ -129,7 +135,7 @@ def test_all_configurations_agree_bitwise():
     if not CUDA:
         x = (x * 16).round() / 16  # NumPy sums blocks in an order of its own: make sums exact
     results = []
-    for config in (TILES, PAIRS, TileConfig(16, 16, 64, 4, 2, group=2)):
+    for config in (TILES, PAIRS, OTHER):
         for descriptors in (False, True):
             kernels = kernels_of(descriptors, config)
             gram = kernels.gram(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -27,14 +28,13 @@ from flashns_dist.orthogonalize.kernels.triton_launch import (
     launch_symmetric,
     precision,
 )
-from flashns_dist.orthogonalize.kernels.triton_normalize import (
-    normalize_once_kernel,
-    partial_norms_kernel,
-    scale_kernel,
-    scale_transpose_kernel,
+from flashns_dist.orthogonalize.kernels.triton_passes import (
+    device_facts,
+    has_tensor_cores,
+    launch_gram_space,
+    launch_normalize,
+    scale_columns,
 )
-from flashns_dist.orthogonalize.kernels.triton_product import scale_columns_kernel
-from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
     batch_bucket,
@@ -44,16 +44,6 @@ from flashns_dist.orthogonalize.kernels.tuning import (
 
 if interpreting():
     repair()
-
-# A matrix of at most this many (padded) entries is normalized by one program in one pass.
-ONE_PASS_ENTRIES = 32768
-
-
-@cache
-def _device_facts(index: int) -> tuple[str, int, int]:
-    """Name, compute capability's major number, and number of SMs of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.major, properties.multi_processor_count
 
 
 class TritonKernels:
@@ -125,7 +115,8 @@ class TritonKernels:
                 x, 1.0 if isinstance(scale, Tensor) else scale, each, transpose, out, norms
             )
         else:
-            _run_normalize(x, scale, transpose, out, norms)
+            with _on_device_of(x):
+                launch_normalize(x, scale, transpose, out, norms)
         return out, norms
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
@@ -240,7 +231,8 @@ class TritonKernels:
             flat = [value for row in steps for value in row]
             torch.ops.flashns_dist.gram_space(x, flat, lengths, numbers, tensors, out)
         else:
-            _run_gram_space(x, steps, alpha, scale, out)
+            with _on_device_of(x):
+                launch_gram_space(x, steps, alpha, scale, out)
         return out, shift
 
     def _symmetric(
@@ -258,7 +250,7 @@ class TritonKernels:
         tma = self._descriptors_usable(a, bt, c, out)
         batch, n, k = a.shape
         configs = symmetric_configs(a.dtype, tma)
-        accuracy = precision(a.dtype, _has_tensor_cores(a))
+        accuracy = precision(a.dtype, has_tensor_cores(a))
 
         def launch(config: TileConfig) -> None:
             launch_symmetric(
@@ -268,7 +260,8 @@ class TritonKernels:
         def default() -> TileConfig:
             return default_symmetric(configs, batch, n, _num_sms(a))
 
-        launch(self._choose("symmetric", configs, default, launch, a, (n, k), tma))
+        with _on_device_of(a):
+            launch(self._choose("symmetric", configs, default, launch, a, (n, k), tma))
 
     def _product(
         self,
@@ -282,12 +275,13 @@ class TritonKernels:
         out: Tensor,
     ) -> None:
         if column_scale is not None:
-            a = _scale_columns(a, column_scale)
+            with _on_device_of(a):
+                a = scale_columns(a, column_scale)
         tma = self._descriptors_usable(a, x, c, out) and described(out) is False
         batch, n, _ = a.shape
         m = x.shape[2]
         configs = product_configs(a.dtype, tma)
-        accuracy = precision(a.dtype, _has_tensor_cores(a))
+        accuracy = precision(a.dtype, has_tensor_cores(a))
 
         def launch(config: TileConfig) -> None:
             launch_product(
@@ -299,13 +293,14 @@ class TritonKernels:
             return default_product(configs, batch, n, m, _num_sms(a))
 
         kind = "product_t" if transpose else "product"
-        launch(self._choose(kind, configs, default, launch, a, (n, m), tma))
+        with _on_device_of(a):
+            launch(self._choose(kind, configs, default, launch, a, (n, m), tma))
 
     def _descriptors_usable(self, *tensors: Tensor | None) -> bool:
         first = tensors[0]
         assert first is not None
         if self._descriptors is None:
-            if first.device.type != "cuda" or _device_facts(first.get_device())[1] < 9:
+            if first.device.type != "cuda" or device_facts(first.get_device())[1] < 9:
                 return False
         elif not self._descriptors:
             return False
@@ -328,7 +323,7 @@ class TritonKernels:
             return self._config
         if len(configs) == 1 or a.device.type != "cuda":
             return default()
-        device = _device_facts(a.get_device())[0]
+        device = device_facts(a.get_device())[0]
         access = "tma" if tma else "pointer"
         problem = (
             f"triton-{triton.__version__}-{kernel}-{access}-{size[0]}x{size[1]}"
@@ -351,6 +346,13 @@ def _bind(launch: Callable[[TileConfig], None], config: TileConfig) -> Callable[
     return lambda: launch(config)
 
 
+def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the one that holds ``t``."""
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
 def _check_dtype(operation: str, dtype: torch.dtype) -> None:
     if dtype not in TL_DTYPES:
         raise ValueError(
@@ -364,83 +366,8 @@ def _packed(x: Tensor) -> bool:
     return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
 
 
-def _has_tensor_cores(t: Tensor) -> bool:
-    return t.device.type == "cuda" and _device_facts(t.get_device())[1] >= 8
-
-
 def _num_sms(t: Tensor) -> int:
-    return _device_facts(t.get_device())[2] if t.device.type == "cuda" else 1
-
-
-def _run_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, norms: Tensor) -> None:
-    batch, rows, cols = x.shape
-    each = isinstance(scale, Tensor)
-    factor: Any = scale.float().contiguous() if isinstance(scale, Tensor) else float(scale)
-    padded_rows, padded_cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
-    if padded_rows * padded_cols <= ONE_PASS_ENTRIES:
-        normalize_once_kernel[(batch,)](
-            x, out, norms, factor, rows, cols, x.stride(0),
-            SCALE_EACH=each, TRANSPOSE=transpose, ROWS=padded_rows, COLS=padded_cols,
-            num_warps=4 if padded_rows * padded_cols <= 8192 else 16,
-        )  # fmt: skip
-        return
-    size = rows * cols
-    # Chunks depend on the matrix alone, so that its norm does not depend on the batch.
-    block, steps = 4096, 4 if size <= 1 << 22 else 16
-    while -(-size // (block * steps)) > 1024:
-        steps *= 2
-    chunks = -(-size // (block * steps))
-    sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
-    levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
-    partial_norms_kernel[(chunks, batch)](
-        x, sums, levels, size, x.stride(0), BLOCK=block, STEPS=steps, num_warps=8
-    )
-    padded_chunks = triton.next_power_of_2(chunks)
-    if transpose:
-        tile, tile_steps = 64, 4
-        grid = (-(-cols // tile), -(-rows // (tile * tile_steps)), batch)
-        scale_transpose_kernel[grid](
-            x, sums, levels, out, norms, factor, rows, cols, chunks, batch, x.stride(0),
-            SCALE_EACH=each, BLOCK=tile, STEPS=tile_steps, CHUNKS=padded_chunks, num_warps=4,
-        )  # fmt: skip
-    else:
-        scale_kernel[(chunks, batch)](
-            x, sums, levels, out, norms, factor, size, chunks, batch, x.stride(0),
-            SCALE_EACH=each, BLOCK=block, STEPS=steps, CHUNKS=padded_chunks, num_warps=8,
-        )  # fmt: skip
-
-
-def _run_gram_space(
-    x: Tensor, steps: tuple[tuple[float, ...], ...], alpha: Scalar, scale: Scalar, out: Tensor
-) -> None:
-    batch, n, m = x.shape
-    block = max(16, triton.next_power_of_2(n))
-    arguments: list[Any] = [
-        s.float().contiguous() if isinstance(s, Tensor) else float(s) for s in (alpha, scale)
-    ]
-    gram_space_kernel[(batch,)](
-        x, out, *arguments, n, m, *x.stride(),
-        ROWS=steps,
-        ALPHA_EACH=isinstance(alpha, Tensor),
-        SCALE_EACH=isinstance(scale, Tensor),
-        BLOCK=block,
-        BLOCK_M=32 if x.dtype == torch.float32 else 64,
-        DTYPE=TL_DTYPES[x.dtype],
-        PRECISION=precision(x.dtype, _has_tensor_cores(x)),
-        num_warps=8 if block == 128 else 4,
-        num_stages=3,
-    )  # fmt: skip
-
-
-def _scale_columns(a: Tensor, scale: Tensor) -> Tensor:
-    """``a diag(scale)`` in the dtype of ``a``."""
-    batch, n, _ = a.shape
-    out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
-    grid = (-(-n // 128), -(-n // 32), batch)
-    scale_columns_kernel[grid](
-        a, scale.float().contiguous(), out, n, *a.stride(), BLOCK_N=32, BLOCK_M=128, num_warps=4
-    )
-    return out
+    return device_facts(t.get_device())[2] if t.device.type == "cuda" else 1
 
 
 def _split(scalars: tuple[Scalar, ...]) -> tuple[list[float], list[Tensor | None]]:
@@ -492,7 +419,7 @@ def _product_op(
 def _normalize_op(
     x: Tensor, scale: float, scale_each: Tensor | None, transpose: bool, out: Tensor, norms: Tensor
 ) -> None:
-    _run_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
+    launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
 
 
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
@@ -507,7 +434,7 @@ def _gram_space_op(
     values = iter(coefficients)
     steps = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
     alpha, scale = _join(numbers, tensors)
-    _run_gram_space(x, steps, alpha, scale, out)
+    launch_gram_space(x, steps, alpha, scale, out)
 
 
 def _fake(*_: object) -> None:

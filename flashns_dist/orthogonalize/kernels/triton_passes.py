@@ -1,0 +1,109 @@
+"""Launching the Triton kernels that are not tiled products."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.triton_launch import TL_DTYPES, precision
+from flashns_dist.orthogonalize.kernels.triton_normalize import (
+    normalize_once_kernel,
+    partial_norms_kernel,
+    scale_kernel,
+    scale_transpose_kernel,
+)
+from flashns_dist.orthogonalize.kernels.triton_product import scale_columns_kernel
+from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
+
+# A matrix of at most this many (padded) entries is normalized by one program in one pass.
+ONE_PASS_ENTRIES = 32768
+
+
+@cache
+def device_facts(index: int) -> tuple[str, int, int]:
+    """Name, compute capability's major number, and number of SMs of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.major, properties.multi_processor_count
+
+
+def has_tensor_cores(t: Tensor) -> bool:
+    """Whether the device of ``t`` multiplies matrices in hardware as these kernels need it."""
+    return t.device.type == "cuda" and device_facts(t.get_device())[1] >= 8
+
+
+def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, norms: Tensor) -> None:
+    """Writes ``x * scale / norm`` to ``out``, and the norms; ``x`` has contiguous rows."""
+    batch, rows, cols = x.shape
+    each = isinstance(scale, Tensor)
+    factor: Any = scale.float().contiguous() if isinstance(scale, Tensor) else float(scale)
+    padded_rows, padded_cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
+    if padded_rows * padded_cols <= ONE_PASS_ENTRIES:
+        normalize_once_kernel[(batch,)](
+            x, out, norms, factor, rows, cols, x.stride(0),
+            SCALE_EACH=each, TRANSPOSE=transpose, ROWS=padded_rows, COLS=padded_cols,
+            num_warps=4 if padded_rows * padded_cols <= 8192 else 16,
+        )  # fmt: skip
+        return
+    size = rows * cols
+    # Chunks depend on the matrix alone, so that its norm does not depend on the batch.
+    block, steps = 4096, 4 if size <= 1 << 22 else 16
+    while -(-size // (block * steps)) > 1024:
+        steps *= 2
+    chunks = -(-size // (block * steps))
+    sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
+    levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
+    partial_norms_kernel[(chunks, batch)](
+        x, sums, levels, size, x.stride(0), BLOCK=block, STEPS=steps, num_warps=8
+    )
+    padded_chunks = triton.next_power_of_2(chunks)
+    if transpose:
+        tile, tile_steps = 64, 4
+        grid = (-(-cols // tile), -(-rows // (tile * tile_steps)), batch)
+        scale_transpose_kernel[grid](
+            x, sums, levels, out, norms, factor, rows, cols, chunks, batch, x.stride(0),
+            SCALE_EACH=each, BLOCK=tile, STEPS=tile_steps, CHUNKS=padded_chunks, num_warps=4,
+        )  # fmt: skip
+    else:
+        scale_kernel[(chunks, batch)](
+            x, sums, levels, out, norms, factor, size, chunks, batch, x.stride(0),
+            SCALE_EACH=each, BLOCK=block, STEPS=steps, CHUNKS=padded_chunks, num_warps=8,
+        )  # fmt: skip
+
+
+def launch_gram_space(
+    x: Tensor, steps: tuple[tuple[float, ...], ...], alpha: Scalar, scale: Scalar, out: Tensor
+) -> None:
+    """Writes to ``out`` the factor of these steps; see ``gram_space_kernel``."""
+    batch, n, m = x.shape
+    block = max(16, triton.next_power_of_2(n))
+    arguments: list[Any] = [
+        s.float().contiguous() if isinstance(s, Tensor) else float(s) for s in (alpha, scale)
+    ]
+    gram_space_kernel[(batch,)](
+        x, out, *arguments, n, m, *x.stride(),
+        ROWS=steps,
+        ALPHA_EACH=isinstance(alpha, Tensor),
+        SCALE_EACH=isinstance(scale, Tensor),
+        BLOCK=block,
+        BLOCK_M=32 if x.dtype == torch.float32 else 64,
+        DTYPE=TL_DTYPES[x.dtype],
+        PRECISION=precision(x.dtype, has_tensor_cores(x)),
+        num_warps=8 if block == 128 else 4,
+        num_stages=3,
+    )  # fmt: skip
+
+
+def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
+    """``a diag(scale)`` in the dtype of ``a``."""
+    batch, n, _ = a.shape
+    out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
+    grid = (-(-n // 128), -(-n // 32), batch)
+    scale_columns_kernel[grid](
+        a, scale.float().contiguous(), out, n, *a.stride(), BLOCK_N=32, BLOCK_M=128, num_warps=4
+    )
+    return out

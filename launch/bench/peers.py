@@ -1,0 +1,44 @@
+"""Other implementations of orthogonalization, as far as they are installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Orthogonalize = Callable[[Tensor], Tensor]
+
+
+def peers(compiled: bool) -> tuple[dict[str, Orthogonalize], list[str]]:
+    """What is installed, and a line about everything that is not.
+
+    Args:
+        compiled: Whether to add the ones that ``torch.compile`` themselves, which takes long.
+    """
+    found: dict[str, Orthogonalize] = {}
+    missing: list[str] = []
+    try:
+        module = importlib.import_module("gram_newton_schulz")
+        found["gram-newton-schulz"] = module.GramNewtonSchulz(compile_kwargs=None)
+        if compiled:
+            # fullgraph and CUDA graphs, as upstream would have it.
+            found["gram-newton-schulz compiled"] = module.GramNewtonSchulz()
+    except Exception as error:
+        missing.append(f"gram-newton-schulz: {type(error).__name__}: {error}")
+    try:
+        module = importlib.import_module("dion.newton_schulz_triton")
+        function = module.newton_schulz_triton
+        found["dion triton"] = lambda x: function(x, epsilon=1e-7)
+    except Exception as error:
+        missing.append(f"dion: {type(error).__name__}: {error}")
+    try:
+        muon = importlib.import_module("torch.optim._muon")
+        function_torch = muon._zeropower_via_newtonschulz
+        found["torch.optim.Muon"] = lambda x: torch.stack(
+            [function_torch(one, (3.4445, -4.775, 2.0315), 5, 1e-7) for one in x]
+        )
+    except Exception as error:
+        missing.append(f"torch.optim.Muon: {type(error).__name__}: {error}")
+    return found, missing
