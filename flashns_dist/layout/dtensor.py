@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
+from math import prod
 from typing import TypeAlias
 
 from flashns_dist.layout.fragment import Box, Fragment
@@ -23,8 +24,11 @@ def placements_layout(
 ) -> Layout:
     """The layout of a DTensor: placements are applied from the first mesh axis to the last.
 
-    Uneven shards follow ``torch.chunk``. ``_StridedShard`` (FSDP2 over tensor parallel) gives a
-    rank several runs of a dim, stored one after the other.
+    Uneven shards follow ``torch.chunk``. ``_StridedShard`` gives a rank several runs of a dim,
+    stored one after the other. Where it says that FSDP2 has sharded a tensor-parallel shard once
+    more, the axes are applied in FSDP2's order, the tensor-parallel ones first: that is what the
+    ranks store, also for sizes that divide so badly that the placements, read in order, would cut
+    elsewhere (7 rows over 3 x 2 ranks).
 
     Args:
         shape: Global shape.
@@ -79,10 +83,8 @@ def _fragments(
     coordinate: tuple[int, ...],
 ) -> tuple[Fragment, ...]:
     dims: list[Intervals] = [((0, size),) if size else () for size in shape]
-    for kind, num_shards, index in zip(kinds, mesh, coordinate, strict=True):
-        if kind is not None:
-            dim, split_factor = kind
-            dims[dim] = _shard(dims[dim], num_shards, index, split_factor)
+    for axis, dim, split_factor in _cuts(kinds, mesh):
+        dims[dim] = _shard(dims[dim], mesh[axis], coordinate[axis], split_factor)
     return tuple(
         Fragment(
             Box(tuple(run[0] for run in runs), tuple(run[1] for run in runs)),
@@ -91,6 +93,24 @@ def _fragments(
         )
         for runs in product(*(_with_offsets(intervals) for intervals in dims))
     )
+
+
+def _cuts(
+    kinds: tuple[tuple[int, int] | None, ...], mesh: tuple[int, ...]
+) -> list[tuple[int, int, int]]:
+    """(axis, dim, split factor) of each cut, in the order in which they are made."""
+    cuts, last = [], []
+    for axis, kind in enumerate(kinds):
+        if kind is None:
+            continue
+        dim, split_factor = kind
+        later = zip(kinds[axis + 1 :], mesh[axis + 1 :], strict=True)
+        inner = prod(size for other, size in later if other is not None and other[0] == dim)
+        if split_factor == inner > 1:
+            last.append((axis, dim, 1))
+        else:
+            cuts.append((axis, dim, split_factor))
+    return cuts + last[::-1]
 
 
 def _shard(intervals: Intervals, num_shards: int, index: int, split_factor: int) -> Intervals:

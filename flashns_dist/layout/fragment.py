@@ -22,13 +22,14 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part of two boxes, or None where they do not overlap."""
-        start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
-        stop = tuple(
-            min(a + s, b + t)
-            for a, s, b, t in zip(self.start, self.size, other.start, other.size, strict=True)
-        )
-        size = tuple(e - s for s, e in zip(start, stop, strict=True))
-        return Box(start, size) if all(s > 0 for s in size) else None
+        start, size = [], []
+        for a, s, b, t in zip(self.start, self.size, other.start, other.size, strict=True):
+            low, high = max(a, b), min(a + s, b + t)
+            if low >= high:
+                return None
+            start.append(low)
+            size.append(high - low)
+        return Box(tuple(start), tuple(size))
 
     def slices_in(self, outer: Box) -> tuple[slice, ...]:
         """Index expression of this box in an array that holds exactly ``outer``."""

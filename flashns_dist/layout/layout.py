@@ -34,6 +34,17 @@ class Layout:
                 f"the distinct fragments of a layout of shape {self.shape} hold {covered} elements "
                 f"instead of {prod(self.shape)}: some are missing or overlap in part"
             )
+        if not _tiles(self.shape, tuple(self.holders)):
+            raise ValueError(
+                f"the distinct fragments of a layout of shape {self.shape} hold as many elements "
+                "as it has, but not each of them once: some overlap in part or lie outside"
+            )
+        for box, ranks in self.holders.items():
+            if len(set(ranks)) != len(ranks):
+                raise ValueError(
+                    f"group ranks {ranks} store {box} of a layout of shape {self.shape}: a rank "
+                    "must store a box at most once"
+                )
 
     @property
     def group_size(self) -> int:
@@ -49,6 +60,11 @@ class Layout:
         return {box: tuple(ranks) for box, ranks in found.items()}
 
     @cached_property
+    def box_order(self) -> dict[Box, int]:
+        """The position of each distinct box among ``holders``."""
+        return {box: position for position, box in enumerate(self.holders)}
+
+    @cached_property
     def num_replicas(self) -> int:
         """How many ranks store each element (the least over the boxes; 1 for an empty array)."""
         return min((len(ranks) for ranks in self.holders.values()), default=1)
@@ -61,6 +77,35 @@ class Layout:
         """A short text that is equal for equal layouts, in any process."""
         text = repr((self.shape, [[(f.box, f.offset) for f in fs] for fs in self.fragments]))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_PRIME = 2**61 - 1
+
+
+def _tiles(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> bool:
+    """Whether boxes, which hold as many elements as the array, hold each of its elements once.
+
+    Compares the generating polynomials ``sum of x_1^i_1 x_2^i_2 ...`` over the elements of the
+    boxes and of the array at one point modulo a prime: linear in the number of boxes, where
+    comparing pairs is quadratic (0.5 s for 1024 ranks), and wrong for one in about 10^13 inputs.
+    """
+
+    @cache
+    def difference(dim: int, start: int, size: int) -> int:
+        """``(x - 1)`` times the sum of ``x^i`` over an interval of one dim."""
+        point = 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03 * dim
+        return pow(point, start, _PRIME) * (pow(point, size, _PRIME) - 1) % _PRIME
+
+    def fingerprint(box: Box) -> int:
+        value = 1
+        for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)):
+            value = value * difference(dim, start, size) % _PRIME
+        return value
+
+    if any(start < 0 for box in boxes for start in box.start):
+        return False
+    whole = fingerprint(Box((0,) * len(shape), shape))
+    return sum(map(fingerprint, boxes)) % _PRIME == whole
 
 
 @cache

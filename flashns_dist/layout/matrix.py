@@ -57,6 +57,7 @@ class Piece:
 
     fragment: Fragment
     box: Box
+    part: int
 
     def view(self, local: Tensor) -> Tensor:
         """The piece as a view of the rank's local array, shaped like ``box``."""
@@ -82,13 +83,14 @@ def leading_blocks(shape: tuple[int, ...]) -> tuple[Block, ...]:
 
 @cache
 def rank_pieces(layout: Layout, block: Block, group_rank: int) -> tuple[Piece, ...]:
-    """What ``group_rank`` stores of ``block``, in storage order."""
+    """What ``group_rank`` stores of ``block``, in the order of ``block_holders``."""
     pieces = []
-    for part in block.parts:
+    for index, part in enumerate(block.parts):
         for fragment in layout.fragments[group_rank]:
             common = fragment.box.intersect(part)
             if common is not None:
-                pieces.append(Piece(fragment, common))
+                pieces.append(Piece(fragment, common, index))
+    pieces.sort(key=lambda piece: (piece.part, layout.box_order[piece.fragment.box]))
     return tuple(pieces)
 
 
