@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from flashns_dist.layout import Box, Piece, rank_pieces
+from flashns_dist.layout import Box, Piece
 from flashns_dist.plan import Plan
+from flashns_dist.plan.routing import position, source, supplied, supplier
 
 Item: TypeAlias = "tuple[int, int, Box, int]"  # matrix, part, box, index among the held pieces
 
@@ -58,27 +59,33 @@ class Schedule:
 
 def make_schedule(plan: Plan, bucket: Iterable[int], group_rank: int) -> Schedule:
     """Derive one rank's part of a bucket from the plan, without communication."""
-    bucket = tuple(bucket)
     held: list[tuple[int, Piece]] = []
-    position: dict[tuple[int, Box], int] = {}
-    for index in bucket:
-        matrix = plan.matrices[index]
-        for piece in rank_pieces(matrix.layout, matrix.block, group_rank):
-            position[index, piece.box] = len(held)
-            held.append((index, piece))
+    owned: list[int] = []
     gather, scatter = _Router(plan.group_size, group_rank), _Router(plan.group_size, group_rank)
     for index in bucket:
-        mine = group_rank in plan.owners[index]
-        for part, box, holders in plan.boxes(index):
-            at = position.get((index, box), -1)
-            if at < 0 and not mine:
-                continue
-            for owner in plan.owners[index]:
-                gather.add(plan.source(index, owner, holders), owner, (index, part, box, at))
-            for holder in holders:
-                scatter.add(plan.supplier(index, holder, holders), holder, (index, part, box, at))
-    owned = tuple(index for index in bucket if group_rank in plan.owners[index])
-    return Schedule(tuple(held), owned, gather.route(), scatter.route())
+        owners = plan.owners[index]
+        pieces = plan.pieces(index, group_rank)
+        at = {(piece.part, piece.box): len(held) + n for n, piece in enumerate(pieces)}
+        held += [(index, piece) for piece in pieces]
+        if position(owners, group_rank) >= 0:
+            owned.append(index)
+            replica = plan.replica_of(index, group_rank)
+            for part, box, holders in plan.boxes(index):
+                item = (index, part, box, at.get((part, box), -1))
+                gather.add(source(holders, group_rank, replica), group_rank, item)
+                for holder in supplied(owners, group_rank, holders):
+                    scatter.add(group_rank, holder, item)
+        all_holders = plan.matrices[index].layout.holders
+        for piece in pieces:
+            item = (index, piece.part, piece.box, at[piece.part, piece.box])
+            holders = all_holders[piece.fragment.box]
+            scatter.add(supplier(owners, group_rank, holders), group_rank, item)
+            if owners != holders:
+                for owner in owners:
+                    if owner != group_rank:
+                        replica = plan.replica_of(index, owner)
+                        gather.add(source(holders, owner, replica), owner, item)
+    return Schedule(tuple(held), tuple(owned), gather.route(), scatter.route())
 
 
 class _Router:

@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-from flashns_dist.layout import Block, Box, Layout, block_holders, rank_pieces
+from flashns_dist.layout import Block, Box, Layout, Piece, block_holders, rank_pieces
+from flashns_dist.plan.routing import replica_of
 
 
 @dataclass(frozen=True)
@@ -85,37 +86,25 @@ class Plan:
         text = repr((self.group_size, parts, self.owners, self.buckets))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def replica_of(self, index: int, owner: int) -> int:
-        """Which replica an owner reads from: the one that it belongs to, if it stores a part."""
-        matrix = self.matrices[index]
-        pieces = rank_pieces(matrix.layout, matrix.block, owner)
-        if not pieces:
-            return index
-        return matrix.layout.holders[pieces[0].fragment.box].index(owner)
-
-    def source(self, index: int, owner: int, holders: tuple[int, ...]) -> int:
-        """The holder that sends its copy of a box of matrix ``index`` to ``owner``."""
-        if owner in holders:
-            return owner
-        return holders[self.replica_of(index, owner) % len(holders)]
-
-    def supplier(self, index: int, holder: int, holders: tuple[int, ...]) -> int:
-        """The owner that sends the result for a box of matrix ``index`` to ``holder``."""
-        owners = self.owners[index]
-        if holder in owners:
-            return holder
-        return owners[holders.index(holder) * len(owners) // len(holders)]
-
     def boxes(self, index: int) -> tuple[tuple[int, Box, tuple[int, ...]], ...]:
         """The distinct boxes of matrix ``index``: (part of the block, box, ranks that store it)."""
         matrix = self.matrices[index]
         return block_holders(matrix.layout, matrix.block)
 
+    def pieces(self, index: int, group_rank: int) -> tuple[Piece, ...]:
+        """What a rank stores of matrix ``index``, in the order of ``boxes``."""
+        matrix = self.matrices[index]
+        return rank_pieces(matrix.layout, matrix.block, group_rank)
+
+    def replica_of(self, index: int, owner: int) -> int:
+        """Which replica of matrix ``index`` an owner reads from."""
+        matrix = self.matrices[index]
+        return replica_of(matrix.layout, matrix.block, owner, index)
+
     def moves(self, bucket: int) -> bool:
         """Whether any rank sends anything for a bucket; if not, its collectives are left out."""
-        for index in self.buckets[bucket]:
-            owners = set(self.owners[index])
-            for _, _, holders in self.boxes(index):
-                if owners != set(holders):
-                    return True
-        return False
+        return any(
+            holders != self.owners[index]
+            for index in self.buckets[bucket]
+            for _, _, holders in self.boxes(index)
+        )

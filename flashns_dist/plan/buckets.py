@@ -1,0 +1,108 @@
+"""Which matrices move and are orthogonalized together, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from flashns_dist.plan.plan import Matrix
+from flashns_dist.plan.traffic import Traffic
+
+
+class Buckets:
+    """Cuts the work of one assignment of owners into byte-capped buckets.
+
+    Args:
+        matrices: In parameter order.
+        group_size: Ranks in the process group.
+        owners: Of each matrix.
+        seconds: To orthogonalize each matrix.
+        cap: Elements that a rank may hold of one bucket.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        group_size: int,
+        owners: Sequence[tuple[int, ...]],
+        seconds: Sequence[float],
+        cap: int,
+    ) -> None:
+        self.matrices, self.group_size, self.owners = matrices, group_size, owners
+        self.total = Traffic(group_size)
+        self.total.add(matrices, owners, range(len(matrices)))
+        self.busy = [0.0] * group_size
+        self.most_owned = 0
+        self._seconds = seconds
+        self._owned: list[list[int]] = [[] for _ in range(group_size)]
+        counts = [0] * group_size
+        for index, ranks in enumerate(owners):
+            self._owned[ranks[0]].append(index)
+            for rank in ranks:
+                self.busy[rank] += seconds[index]
+                counts[rank] += 1
+        self.most_owned = max(counts, default=0)
+        for indices in self._owned:
+            indices.sort(key=lambda i: (matrices[i].block.shape, matrices[i].kind, i), reverse=True)
+        alone = [
+            matrix.numel * max(-(-matrix.layout.num_replicas // len(ranks)), 1)
+            for matrix, ranks in zip(matrices, owners, strict=True)
+        ]
+        self._cap = max(cap, max(alone, default=0))
+
+    def cut(self, at_least: int) -> tuple[tuple[int, ...], ...]:
+        """Buckets that keep to the cap; at least so many where there are enough matrices."""
+        if not self.matrices:
+            return ()
+        number = max(at_least, ceil(self.total.largest / self._cap), 1)
+        while True:
+            number = min(number, self.most_owned)
+            buckets = self._evenly(number)
+            traffic = [self._traffic(bucket) for bucket in buckets]
+            excess = max(t.largest for t in traffic) / self._cap
+            if excess <= 1:
+                return tuple(tuple(sorted(bucket)) for bucket in buckets)
+            if number == self.most_owned:
+                break
+            number += max(1, int(number * min(excess - 1, 0.25)))
+        kept = []
+        for bucket, t in zip(buckets, traffic, strict=True):
+            kept += [bucket] if t.largest <= self._cap else self._split(bucket)
+        return tuple(tuple(sorted(bucket)) for bucket in kept)
+
+    def _evenly(self, number: int) -> list[list[int]]:
+        """Cut each owner's matrices at equal fractions of its time."""
+        buckets: list[list[int]] = [[] for _ in range(number)]
+        for indices in self._owned:
+            total, done = sum(self._seconds[i] for i in indices), 0.0
+            for index in indices:
+                fraction = (done + self._seconds[index] / 2) / total
+                buckets[min(int(fraction * number), number - 1)].append(index)
+                done += self._seconds[index]
+        return [bucket for bucket in buckets if bucket]
+
+    def _traffic(self, bucket: Sequence[int]) -> Traffic:
+        traffic = Traffic(self.group_size)
+        traffic.add(self.matrices, self.owners, bucket)
+        return traffic
+
+    def _split(self, bucket: Sequence[int]) -> list[list[int]]:
+        """Parts of a bucket that keep to the cap, one matrix of each owner in turn.
+
+        Needed where a rank stores much more than it owns: it sends to many owners in one bucket.
+        """
+        turns: dict[int, int] = {}
+        order = []
+        for index in bucket:
+            owner = self.owners[index][0]
+            order.append((turns.setdefault(owner, 0), owner, index))
+            turns[owner] += 1
+        parts: list[list[int]] = [[]]
+        traffic = Traffic(self.group_size)
+        for _, _, index in sorted(order):
+            traffic.add(self.matrices, self.owners, [index])
+            if parts[-1] and traffic.largest > self._cap:
+                parts.append([])
+                traffic = self._traffic([index])
+            parts[-1].append(index)
+        return parts
