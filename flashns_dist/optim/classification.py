@@ -40,7 +40,7 @@ class ParameterGroups(list[dict[str, Any]]):
         rows: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
         for d in self.decisions:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", d.name)
-            key = (d.update_rule, pattern, d.reason, tuple(d.param.shape))
+            key = (d.update_rule, pattern, d.reason, _full_shape(d.param))
             rows[key] = rows.get(key, 0) + 1
         cells = [("update rule", "parameters", "count", "shape", "numel", "reason")]
         for (rule, pattern, reason, shape), count in sorted(rows.items(), key=lambda r: r[0][0]):
@@ -135,6 +135,11 @@ def _decide(model: nn.Module, overrides: Mapping[str, str]) -> list[Decision]:
     return decisions
 
 
+def _full_shape(param: Tensor) -> tuple[int, ...]:
+    """Global shape; DeepSpeed's zero.Init empties a parameter and keeps its shape in ds_shape."""
+    return tuple(int(size) for size in getattr(param, "ds_shape", param.shape))
+
+
 def _classify(
     module_name: str,
     module: nn.Module,
@@ -144,7 +149,7 @@ def _classify(
     vocabularies: set[int],
 ) -> tuple[str, str]:
     """(update rule, reason) of one parameter."""
-    shape = tuple(param.shape)
+    shape = _full_shape(param)
     if id(param) in embedded:
         return "adamw", "embedding"
     if len(shape) < 2:

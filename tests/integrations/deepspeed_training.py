@@ -76,15 +76,23 @@ def terms_batch(model: Terms, step: int) -> list[Tensor]:
 
 
 class Block(nn.Module):
+    """No operation here has two parameters.
+
+    torch may compute the gradients of, say, a weight and its bias in either order, depending on
+    what the process has run before. ZeRO 2 adds up buckets in that order, so it mixes gradients of
+    different parameters where ranks differ in it, as ranks of the pool do.
+    """
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 35)
-        self.down = nn.Linear(35, width)
+        self.norm2 = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, 35, bias=False)
+        self.down = nn.Linear(35, width, bias=False)
+        self.shift = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -94,7 +102,7 @@ class Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.shift + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class Transformer(nn.Module):
@@ -104,7 +112,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -180,12 +188,11 @@ def rounding_error(model: str, clip: float) -> float:
 def deepspeed_ready() -> Iterator[Any]:
     """DeepSpeed on this rank's process group, with nothing left of an earlier one."""
     import deepspeed
+    import flashns_dist.integrations.deepspeed  # noqa: F401
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
-
-    import flashns_dist.integrations.deepspeed  # noqa: F401
 
     # Else a shared-memory op is compiled, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
