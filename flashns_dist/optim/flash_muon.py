@@ -188,6 +188,15 @@ class FlashMuon(Optimizer):
             return group
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: self.__dict__[k] for k in ("nonfinite", "exchange_options", "_aux_defaults")}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_adapter", None)
+        self._unbind()
+
     # Step -------------------------------------------------------------------------------------
 
     @torch.no_grad()

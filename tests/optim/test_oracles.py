@@ -248,3 +248,15 @@ def test_grad_scaler_unscales_or_skips(inject: float | None) -> None:
         after = a.state_dict()["state"]
         assert all(torch.equal(after[i][k], before[i][k]) for i in before for k in before[i])
         assert scaler.get_scale() == 512.0
+
+
+def test_a_copied_optimizer_goes_on_by_itself() -> None:
+    params = parameters()
+    optimizer = FlashMuon(params, lr=0.1, nonfinite="skip")
+    run(optimizer, params, 2)
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    run(copied, copied_params, 2)
+    assert distance(copied_params, params) > 0
+    run(optimizer, params, 2)
+    assert distance(copied_params, params) == 0
+    assert copied.nonfinite == "skip"
