@@ -190,6 +190,7 @@ def deepspeed_ready() -> Iterator[Any]:
     import deepspeed
     import flashns_dist.integrations.deepspeed  # noqa: F401
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import torch_autocast
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
@@ -202,6 +203,7 @@ def deepspeed_ready() -> Iterator[Any]:
     # Numbers that ranks compare, though they have run different numbers of the pool's jobs.
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # by an engine that is gone
     deepspeed.init_distributed(dist_init_required=False)
     yield deepspeed
 

