@@ -36,18 +36,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Beside the candidates: what may replace one of them.
 MORE_SYMMETRIC = (
-    TileConfig(128, 128, 64, 8, 4),
-    TileConfig(128, 128, 64, 8, 3, pairs=True),
+    TileConfig(128, 128, 64, 8, 3),
     TileConfig(128, 128, 64, 4, 3, group=16),
-    TileConfig(128, 128, 32, 4, 6),
-    TileConfig(128, 128, 128, 8, 2, pairs=False),
 )
 MORE_PRODUCT = (
     TileConfig(256, 128, 64, 8, 3),
     TileConfig(256, 128, 64, 8, 4),
     TileConfig(128, 256, 64, 8, 4, group=16),
-    TileConfig(128, 256, 128, 8, 2),
-    TileConfig(128, 128, 32, 4, 6),
 )
 SQUARES = (
     (16, 2048),

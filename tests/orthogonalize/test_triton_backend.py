@@ -38,8 +38,8 @@ REFERENCE = TorchKernels()
 HALF = (torch.float16, torch.bfloat16)
 # Small tiles, so that the interpreter's small matrices have several of them.
 
-TILES = TileConfig(64, 64, 32, 4, 3) if CUDA else TileConfig(32, 32, 32, 4, 2)
-PAIRS = TileConfig(64, 64, 32, 4, 3, pairs=True) if CUDA else TileConfig(32, 32, 32, 4, 2, True)
+TILES = TileConfig(64, 64, 64, 4, 3) if CUDA else TileConfig(32, 32, 32, 4, 2)
+PAIRS = TileConfig(64, 64, 64, 4, 3, pairs=True) if CUDA else TileConfig(32, 32, 32, 4, 2, True)
 
 # On a GPU no smaller than 64, below which Triton takes another tensor-core instruction.
 OTHER = TileConfig(64, 64, 64, 8, 2, group=2) if CUDA else TileConfig(16, 16, 64, 4, 2, group=2)
@@ -334,32 +334,48 @@ def test_importing_the_package_imports_no_triton():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def all_candidates(product):
+    """Backends forced to each candidate, with descriptors where there can be any, and without."""
+    from flashns_dist.orthogonalize.kernels import triton_configs
+
+    for config in getattr(triton_configs, f"{product}_TMA"):
+        yield TritonKernels(config=config)
+    for config in getattr(triton_configs, f"{product}_POINTER"):
+        yield TritonKernels(config=config, descriptors=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 class TestOnDevice:
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize(
-        ("batch", "n", "m"), [(300, 64, 200), (24, 768, 768), (3, 1000, 1504), (1, 2048, 5000)]
+        ("batch", "n", "m"),
+        [
+            *[(300, 64, 200), (24, 768, 768), (3, 1000, 1504), (1, 2048, 5000)],
+            # Strides that descriptors cannot express, and sizes beside those of the tiles.
+            *[(5, 129, 131), (3, 127, 65), (2, 257, 255), (1, 63, 1), (2, 65, 97), (1, 300, 777)],
+        ],
     )
     def test_every_candidate_gives_the_same_correct_bits(self, batch, n, m, dtype):
-        from flashns_dist.orthogonalize.kernels import triton_configs
-
         x = (random(batch, n, m) / m**0.5).to(dtype)
         exact = x.double() @ x.double().mT
-        found = []
-        for config in (*triton_configs.SYMMETRIC_TMA, *triton_configs.SYMMETRIC_POINTER):
-            kernels = TritonKernels(config=config)
+        expected = None
+        for kernels in all_candidates("SYMMETRIC"):
             gram = kernels.gram(x)
+            square = kernels.symmetric(gram, gram, alpha=0.3, c=gram, beta=0.7, gamma=0.1)
             assert torch.equal(gram, gram.mT)
+            assert torch.equal(square, square.mT)
             assert_as_good(gram, REFERENCE.gram(x), exact)
-            found.append((gram, kernels.symmetric(gram, gram, alpha=0.3, c=gram, beta=0.7)))
-        for gram, square in found[1:]:
-            assert torch.equal(gram, found[0][0])
-            assert torch.equal(square, found[0][1])
-        products = []
-        for config in (*triton_configs.PRODUCT_TMA, *triton_configs.PRODUCT_POINTER):
-            products.append(TritonKernels(config=config).product(found[0][0], x, c=x, beta=0.5))
-        assert all(torch.equal(p, products[0]) for p in products[1:])
+            expected = expected or (gram, square)
+            assert torch.equal(gram, expected[0])
+            assert torch.equal(square, expected[1])
+        first = None
+        for kernels in all_candidates("PRODUCT"):
+            product = kernels.product(expected[0], x, c=x, beta=0.5)
+            turned = kernels.product(expected[0], x, c=x, beta=0.5, transpose=True)
+            first = product if first is None else first
+            assert torch.equal(product, first)
+            assert torch.equal(turned.mT, first)
 
     def test_products_run_in_a_cuda_graph(self):
         kernels = TritonKernels()

@@ -71,8 +71,8 @@ def product(config, tma, arch):
 
 hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
 hopper += [product(c, True, 90) for c in configs.PRODUCT_TMA]
-ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER[:1]]
-ampere += [product(c, False, 80) for c in configs.PRODUCT_POINTER[1:2]]
+ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
+ampere += [product(c, False, 80) for c in configs.PRODUCT_POINTER]
 print(json.dumps({"hopper": hopper, "ampere": ampere}))
 """
 
