@@ -84,7 +84,13 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--name", help="of the run; a time stamp if not given")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs")
     add("--resume", type=Path, metavar="DIR", help="run or checkpoint to continue, on any mesh")
-    add("--engine", choices=["torch"], default="torch", help="what shards and steps")
+    add("--engine", choices=["torch", "deepspeed"], default="torch", help="what shards and steps")
+    add(
+        "--deepspeed-config",
+        type=Path,
+        metavar="JSON",
+        help="config of --engine deepspeed; ZeRO stage 2 if not given. Batch sizes come from here",
+    )
     add(
         "--mesh",
         metavar="AXES",
@@ -129,12 +135,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     add("--momentum", type=float, default=defaults.momentum, metavar="X", help="of Muon")
     add("--clip", type=float, default=1.0, metavar="X", help="gradient norm; 0 leaves it alone")
-    add("--steps", type=int, default=360, metavar="N", help="updates of the weights")
+    add("--steps", type=int, default=300, metavar="N", help="updates of the weights")
     add("--warmup", type=int, default=10, metavar="N", help="steps")
     add("--cooldown", type=float, default=0.4, metavar="X", help="share of the steps")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences, over all processes")
     add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch, one by one")
-    add("--eval-every", type=int, default=60, metavar="N", help="steps")
+    add("--eval-every", type=int, default=50, metavar="N", help="steps")
     add("--eval-batches", type=int, default=8, metavar="N", help="batches of the same size")
 
 

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 launch/train.py        two processes, FSDP2
     python launch/train.py                             one process
     torchrun --nproc-per-node 4 launch/train.py --mesh fsdp=2,tp=2
+    torchrun --nproc-per-node 2 launch/train.py --engine deepspeed --deepspeed-config zero3.json
     torchrun --nproc-per-node 8 launch/train.py --size 160m --seq-len 1024 --batch-size 512 \
         --data 'fineweb10B/*.bin'
 
@@ -62,15 +63,7 @@ class TrainingRun:
         self.facts = self._facts(model.num_parameters())
         if world.is_first and settings.optimizer == "flashmuon":
             print(parameter_table(model), end="\n\n", file=sys.stderr, flush=True)
-        self.engine: Engine = TorchEngine(
-            model,
-            world=world,
-            mesh=self.mesh,
-            optimizer=optimizer_config(settings),
-            dtype=_dtype(settings, world),
-            clip=settings.clip,
-            compile_blocks=settings.compile,
-        )
+        self.engine = self._engine(model)
         if checkpoint is not None:
             self.engine.load(checkpoint)
         log = self.folder / "log.jsonl" if world.is_first else None
@@ -112,6 +105,32 @@ class TrainingRun:
         text = summarize(record, self.facts, files)
         files["this summary"].write_text(text + "\n")
         print(f"\n{text}", flush=True)
+
+    def _engine(self, model: Transformer) -> Engine:
+        settings = self.settings
+        optimizer, dtype = optimizer_config(settings), _dtype(settings, self.world)
+        if settings.engine == "deepspeed":
+            from launch.deepspeed_engine import DeepSpeedEngine
+
+            return DeepSpeedEngine(
+                model,
+                world=self.world,
+                optimizer=optimizer,
+                dtype=dtype,
+                clip=settings.clip,
+                config=settings.deepspeed_config,
+                micro_batch_size=self._parts[0].stop - self._parts[0].start,
+                num_parts=len(self._parts),
+            )
+        return TorchEngine(
+            model,
+            world=self.world,
+            mesh=self.mesh,
+            optimizer=optimizer,
+            dtype=dtype,
+            clip=settings.clip,
+            compile_blocks=settings.compile,
+        )
 
     def _step(self, step: int, progress: Progress) -> None:
         settings = self.settings
@@ -183,7 +202,7 @@ class TrainingRun:
         noun = "process" if self.world.size == 1 else "processes"
         return RunFacts(
             optimizer=settings.optimizer,
-            mesh=str(self.mesh),
+            mesh="DeepSpeed" if settings.engine == "deepspeed" else str(self.mesh),
             device=f"{self.world.size} {noun}, {self.world.device.type}",
             data=self.dataset.description,
             model=f"{num_parameters / 1e6:.2f} M parameters, {config.num_layers} layers"
@@ -194,6 +213,11 @@ class TrainingRun:
 
 
 def _mesh(settings: argparse.Namespace, world: World) -> MeshSpec:
+    if settings.engine == "deepspeed" and settings.mesh is not None:
+        raise ValueError(
+            f"--mesh {settings.mesh} with --engine deepspeed: DeepSpeed shards over all processes, "
+            "as --deepspeed-config says. Leave --mesh out."
+        )
     if not world.distributed:
         if settings.mesh is not None:
             raise ValueError(
