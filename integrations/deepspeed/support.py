@@ -73,6 +73,12 @@ def _offload(engine: Any, from_config: bool) -> Iterator[tuple[str, str]]:
                 "a matrix would be read from other ranks' disks. Use device=cpu or none.",
             )
     if _device(optimizer) == "cpu":
+        if engine.device.type != "cpu":
+            yield (
+                "zero_optimization.offload_optimizer on an accelerator",
+                "matrices would be orthogonalized on the CPU. FlashMuon's state is half of AdamW's "
+                "for matrices: leave it out, or shard over more ranks with stage 3.",
+            )
         if not from_config and engine.zero_force_ds_cpu_optimizer():
             yield (
                 "zero_optimization.offload_optimizer with an optimizer object",
