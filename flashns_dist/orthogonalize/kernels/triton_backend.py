@@ -24,9 +24,9 @@ from flashns_dist.orthogonalize.kernels.triton_configs import (
 from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting, repair
 from flashns_dist.orthogonalize.kernels.triton_launch import (
     TL_DTYPES,
-    launch_product,
-    launch_symmetric,
     precision,
+    product_launch,
+    symmetric_launch,
 )
 from flashns_dist.orthogonalize.kernels.triton_passes import (
     device_facts,
@@ -34,6 +34,12 @@ from flashns_dist.orthogonalize.kernels.triton_passes import (
     launch_gram_space,
     launch_normalize,
     scale_columns,
+)
+from flashns_dist.orthogonalize.kernels.triton_prepared import (
+    Launch,
+    LaunchTable,
+    argument,
+    key_and_values,
 )
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
@@ -82,6 +88,7 @@ class TritonKernels:
         self._cache = cache if cache is not None else TuningCache()
         self._descriptors = descriptors
         self._config = config
+        self._launches = LaunchTable()
 
     def normalize(
         self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
@@ -121,7 +128,7 @@ class TritonKernels:
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
-        return self.symmetric(x, x.mT, alpha=alpha, out=out)
+        return self._symmetric_out(x, x, False, alpha, None, 0.0, 0.0, out)
 
     def symmetric(
         self,
@@ -135,6 +142,19 @@ class TritonKernels:
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``interface.Kernels.symmetric``."""
+        return self._symmetric_out(a, b, True, alpha, c, beta, gamma, out)
+
+    def _symmetric_out(
+        self,
+        a: Tensor,
+        b: Tensor,
+        turned: bool,  # whether b is the second factor, not its transpose
+        alpha: Scalar,
+        c: Tensor | None,
+        beta: Scalar,
+        gamma: Scalar,
+        out: Tensor | None,
+    ) -> Tensor:
         _check_dtype("symmetric", a.dtype)
         batch, n, _ = a.shape
         if out is None:
@@ -145,9 +165,10 @@ class TritonKernels:
             c = None
         if torch.compiler.is_compiling():
             numbers, tensors = _split((alpha, beta, gamma))
-            torch.ops.flashns_dist.symmetric(a, b, c, numbers, tensors, out)
+            torch.ops.flashns_dist.symmetric(a, b, turned, c, numbers, tensors, out)
         else:
-            self._symmetric(a, b.mT, c, alpha, beta, gamma, out)
+            with _on_device_of(a):
+                self._symmetric(a, b, turned, c, (alpha, beta, gamma), out)
         return out
 
     def product(
@@ -182,7 +203,8 @@ class TritonKernels:
             numbers, tensors = _split((alpha, beta))
             torch.ops.flashns_dist.product(a, x, c, column_scale, numbers, tensors, transpose, out)
         else:
-            self._product(a, x, c, column_scale, alpha, beta, transpose, out)
+            with _on_device_of(a):
+                self._product(a, x, c, column_scale, (alpha, beta), transpose, out)
         return out
 
     def supports_gram_space(self, n: int, dtype: torch.dtype) -> bool:
@@ -238,30 +260,38 @@ class TritonKernels:
     def _symmetric(
         self,
         a: Tensor,
-        bt: Tensor,
+        b: Tensor,
+        turned: bool,
         c: Tensor | None,
-        alpha: Scalar,
-        beta: Scalar,
-        gamma: Scalar,
+        scalars: tuple[Scalar, ...],
         out: Tensor,
     ) -> None:
-        if c is not None and described(c) is True:
+        if c is not None and c.stride(2) != 1 and described(c) is True:
             c = c.contiguous()
-        tma = self._descriptors_usable(a, bt, c, out)
-        batch, n, k = a.shape
-        configs = symmetric_configs(a.dtype, tma)
-        accuracy = precision(a.dtype, has_tensor_cores(a))
+        third = out if c is None else c
+        arguments = tuple([argument(scalar) for scalar in scalars])
+        facts, values = key_and_values((a, b, third, out), arguments)
 
-        def launch(config: TileConfig) -> None:
-            launch_symmetric(
-                a, bt, c, out, alpha, beta, gamma, config=config, tma=tma, input_precision=accuracy
-            )
+        def make() -> Launch:
+            bt = b.mT if turned else b
+            tma = self._descriptors_usable(a, bt, c, out)
+            batch, n, k = a.shape
+            configs = symmetric_configs(a.dtype, tma)
+            accuracy = precision(a.dtype, has_tensor_cores(a))
 
-        def default() -> TileConfig:
-            return default_symmetric(configs, batch, n, _num_sms(a))
+            def launch(config: TileConfig) -> Launch:
+                return symmetric_launch(
+                    a, bt, c, out, arguments, config=config, tma=tma, input_precision=accuracy
+                )
 
-        with _on_device_of(a):
-            launch(self._choose("symmetric", configs, default, launch, a, (n, k), tma))
+            def default() -> TileConfig:
+                return default_symmetric(configs, batch, n, _num_sms(a))
+
+            return launch(self._choose("symmetric", configs, default, launch, a, (n, k), tma))
+
+        device = a.get_device()
+        key = ("symmetric", turned, c is None, a.shape, facts, device, self._measuring())
+        self._launches.launch(key, device, values, make)
 
     def _product(
         self,
@@ -269,32 +299,41 @@ class TritonKernels:
         x: Tensor,
         c: Tensor | None,
         column_scale: Tensor | None,
-        alpha: Scalar,
-        beta: Scalar,
+        scalars: tuple[Scalar, ...],
         transpose: bool,
         out: Tensor,
     ) -> None:
         if column_scale is not None:
-            with _on_device_of(a):
-                a = scale_columns(a, column_scale)
-        tma = self._descriptors_usable(a, x, c, out) and described(out) is False
-        batch, n, _ = a.shape
-        m = x.shape[2]
-        configs = product_configs(a.dtype, tma)
-        accuracy = precision(a.dtype, has_tensor_cores(a))
+            a = scale_columns(a, column_scale)
+        third = out if c is None else c
+        arguments = tuple([argument(scalar) for scalar in scalars])
+        facts, values = key_and_values((a, x, third, out), arguments)
 
-        def launch(config: TileConfig) -> None:
-            launch_product(
-                a, x, c, out, alpha, beta, transpose,
-                config=config, tma=tma, input_precision=accuracy,
-            )  # fmt: skip
+        def make() -> Launch:
+            tma = self._descriptors_usable(a, x, c, out) and described(out) is False
+            batch, n, k = a.shape
+            m = x.shape[2]
+            configs = product_configs(a.dtype, tma)
+            accuracy = precision(a.dtype, has_tensor_cores(a))
 
-        def default() -> TileConfig:
-            return default_product(configs, batch, n, m, _num_sms(a))
+            def launch(config: TileConfig) -> Launch:
+                return product_launch(
+                    a, x, c, out, arguments, transpose,
+                    config=config, tma=tma, input_precision=accuracy,
+                )  # fmt: skip
 
-        kind = "product_t" if transpose else "product"
-        with _on_device_of(a):
-            launch(self._choose(kind, configs, default, launch, a, (n, m), tma))
+            def default() -> TileConfig:
+                return default_product(configs, batch, n, m, _num_sms(a))
+
+            kind = "product_t" if transpose else "product"
+            return launch(self._choose(kind, configs, default, launch, a, (n, k, m), tma))
+
+        device = a.get_device()
+        key = ("product", transpose, c is None, a.shape, x.shape, facts, device, self._measuring())
+        self._launches.launch(key, device, values, make)
+
+    def _measuring(self) -> bool:
+        return tuning_requested() if self._tune is None else self._tune
 
     def _descriptors_usable(self, *tensors: Tensor | None) -> bool:
         first = tensors[0]
@@ -313,9 +352,9 @@ class TritonKernels:
         kernel: str,
         configs: tuple[TileConfig, ...],
         default: Callable[[], TileConfig],
-        launch: Callable[[TileConfig], None],
+        launch: Callable[[TileConfig], Launch],
         a: Tensor,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         tma: bool,
     ) -> TileConfig:
         """Forced, known, measured now, or default: in this order."""
@@ -326,15 +365,14 @@ class TritonKernels:
         device = device_facts(a.get_device())[0]
         access = "tma" if tma else "pointer"
         problem = (
-            f"triton-{triton.__version__}-{kernel}-{access}-{size[0]}x{size[1]}"
+            f"triton-{triton.__version__}-{kernel}-{access}-{'x'.join(map(str, size))}"
             f"-b{batch_bucket(a.shape[0])}-{str(a.dtype)[6:]}-{device}"
         )
         labels = {config.label(): config for config in configs}
         known = labels.get(str(self._cache.lookup(problem)))
         if known is not None:
             return known
-        wanted = tuning_requested() if self._tune is None else self._tune
-        if not wanted or torch.cuda.is_current_stream_capturing():
+        if not self._measuring() or torch.cuda.is_current_stream_capturing():
             return default()
         candidates = [(name, _bind(launch, config)) for name, config in labels.items()]
         best, seconds = fastest(candidates)
@@ -342,8 +380,8 @@ class TritonKernels:
         return configs[best]
 
 
-def _bind(launch: Callable[[TileConfig], None], config: TileConfig) -> Callable[[], None]:
-    return lambda: launch(config)
+def _bind(launch: Callable[[TileConfig], Launch], config: TileConfig) -> Callable[[], object]:
+    return lambda: launch(config).run()
 
 
 def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
@@ -376,8 +414,8 @@ def _split(scalars: tuple[Scalar, ...]) -> tuple[list[float], list[Tensor | None
     return numbers, [s if isinstance(s, Tensor) else None for s in scalars]
 
 
-def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> list[Scalar]:
-    return [n if t is None else t for n, t in zip(numbers, tensors, strict=True)]
+def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Scalar, ...]:
+    return tuple([n if t is None else t for n, t in zip(numbers, tensors, strict=True)])
 
 
 # The operators that torch.compile sees. Outside of it the methods launch directly, which saves the
@@ -391,13 +429,14 @@ def _compiled_backend() -> TritonKernels:
 def _symmetric_op(
     a: Tensor,
     b: Tensor,
+    turned: bool,
     c: Tensor | None,
     numbers: Sequence[float],
     tensors: Sequence[Tensor | None],
     out: Tensor,
 ) -> None:
-    alpha, beta, gamma = _join(numbers, tensors)
-    _compiled_backend()._symmetric(a, b.mT, c, alpha, beta, gamma, out)
+    with _on_device_of(a):
+        _compiled_backend()._symmetric(a, b, turned, c, _join(numbers, tensors), out)
 
 
 @torch.library.custom_op("flashns_dist::product", mutates_args=("out",))
@@ -411,15 +450,17 @@ def _product_op(
     transpose: bool,
     out: Tensor,
 ) -> None:
-    alpha, beta = _join(numbers, tensors)
-    _compiled_backend()._product(a, x, c, column_scale, alpha, beta, transpose, out)
+    scalars = _join(numbers, tensors)
+    with _on_device_of(a):
+        _compiled_backend()._product(a, x, c, column_scale, scalars, transpose, out)
 
 
 @torch.library.custom_op("flashns_dist::normalize", mutates_args=("out", "norms"))
 def _normalize_op(
     x: Tensor, scale: float, scale_each: Tensor | None, transpose: bool, out: Tensor, norms: Tensor
 ) -> None:
-    launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
+    with _on_device_of(x):
+        launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
 
 
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
@@ -434,7 +475,8 @@ def _gram_space_op(
     values = iter(coefficients)
     steps = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
     alpha, scale = _join(numbers, tensors)
-    launch_gram_space(x, steps, alpha, scale, out)
+    with _on_device_of(x):
+        launch_gram_space(x, steps, alpha, scale, out)
 
 
 def _fake(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Launching the Triton products: operands to descriptors or pointers, scalars to arguments."""
+"""Launches of the Triton products: operands to descriptors or pointers, compile-time choices."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig
+from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
@@ -44,26 +44,17 @@ def descriptor(t: Tensor, swapped: bool, rows: int, cols: int) -> Any:
     return result
 
 
-def _value(scalar: Scalar) -> tuple[Any, bool]:
-    """A kernel argument for a scalar, and whether it holds one value per matrix."""
-    if isinstance(scalar, Tensor):
-        return scalar.to(torch.float32).contiguous(), True
-    return float(scalar), False
-
-
-def launch_symmetric(
+def symmetric_launch(
     a: Tensor,  # (batch, n, k)
     b: Tensor,  # (batch, n, k), the second factor's transpose
     c: Tensor | None,
     out: Tensor,
-    alpha: Scalar,
-    beta: Scalar,
-    gamma: Scalar,
+    scalars: tuple[float | Tensor, ...],
     *,
     config: TileConfig,
     tma: bool,
     input_precision: str,
-) -> None:
+) -> Launch:
     """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``symmetric_kernel``."""
     batch, n, k = a.shape
     block, depth = config.rows, config.depth
@@ -72,9 +63,6 @@ def launch_symmetric(
         grid = batch * (blocks * blocks // 4 + (blocks + 1) // 2)
     else:
         grid = batch * (blocks * (blocks + 1) // 2)
-    alpha_value, alpha_each = _value(alpha)
-    beta_value, beta_each = _value(beta)
-    gamma_value, gamma_each = _value(gamma)
     third = out if c is None else c
     a_swapped = b_swapped = False
     operands: tuple[Any, ...] = (a, b, third, out)
@@ -86,55 +74,47 @@ def launch_symmetric(
             descriptor(third, False, block, block),
             descriptor(out, False, block, block),
         )
-    symmetric_kernel[(grid,)](
-        *operands,
-        alpha_value,
-        beta_value,
-        gamma_value,
-        n,
-        k,
-        batch,
-        *a.stride(),
-        *b.stride(),
-        *third.stride(),
-        *out.stride(),
-        HAS_C=c is not None,
-        ALPHA_EACH=alpha_each,
-        BETA_EACH=beta_each,
-        GAMMA_EACH=gamma_each,
-        A_SWAPPED=a_swapped,
-        B_SWAPPED=b_swapped,
-        BLOCK=block,
-        BLOCK_K=depth,
-        PAIRS=config.pairs,
-        GROUP=config.group,
-        TMA=tma,
-        DTYPE=TL_DTYPES[out.dtype],
-        PRECISION=input_precision,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    constants = {
+        "HAS_C": c is not None,
+        "ALPHA_EACH": isinstance(scalars[0], Tensor),
+        "BETA_EACH": isinstance(scalars[1], Tensor),
+        "GAMMA_EACH": isinstance(scalars[2], Tensor),
+        "A_SWAPPED": a_swapped,
+        "B_SWAPPED": b_swapped,
+        "BLOCK": block,
+        "BLOCK_K": depth,
+        "PAIRS": config.pairs,
+        "GROUP": config.group,
+        "TMA": tma,
+        "DTYPE": TL_DTYPES[out.dtype],
+        "PRECISION": input_precision,
+    }
+    return Launch(
+        symmetric_kernel,
+        (grid,),
+        (*operands, *scalars),
+        (n, k, batch, *_strides(tma, a, b, third, out)),
+        constants,
+        {"num_warps": config.warps, "num_stages": config.stages},
     )
 
 
-def launch_product(
+def product_launch(
     a: Tensor,  # (batch, n, k)
     x: Tensor,  # (batch, k, m)
     c: Tensor | None,  # (batch, n, m)
     out: Tensor,  # (batch, n, m), or (batch, m, n) with transpose
-    alpha: Scalar,
-    beta: Scalar,
+    scalars: tuple[float | Tensor, ...],
     transpose: bool,
     *,
     config: TileConfig,
     tma: bool,
     input_precision: str,
-) -> None:
+) -> Launch:
     """Writes ``alpha * a x + beta * c`` to ``out``; see ``product_kernel``."""
     batch, n, k = a.shape
     m = x.shape[2]
     grid = batch * -(-n // config.rows) * -(-m // config.cols)
-    alpha_value, alpha_each = _value(alpha)
-    beta_value, beta_each = _value(beta)
     third = out if c is None else c
     a_swapped = x_swapped = c_swapped = False
     operands: tuple[Any, ...] = (a, x, third, out)
@@ -150,31 +130,34 @@ def launch_product(
             out_descriptor if c is None else descriptor(c, c_swapped, rows, cols),
             out_descriptor,
         )
-    product_kernel[(grid,)](
-        *operands,
-        alpha_value,
-        beta_value,
-        n,
-        m,
-        k,
-        *a.stride(),
-        *x.stride(),
-        *third.stride(),
-        *out.stride(),
-        HAS_C=c is not None,
-        ALPHA_EACH=alpha_each,
-        BETA_EACH=beta_each,
-        A_SWAPPED=a_swapped,
-        X_SWAPPED=x_swapped,
-        C_SWAPPED=c_swapped,
-        TRANSPOSE=transpose,
-        BLOCK_N=config.rows,
-        BLOCK_M=config.cols,
-        BLOCK_K=config.depth,
-        GROUP=config.group,
-        TMA=tma,
-        DTYPE=TL_DTYPES[out.dtype],
-        PRECISION=input_precision,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    constants = {
+        "HAS_C": c is not None,
+        "ALPHA_EACH": isinstance(scalars[0], Tensor),
+        "BETA_EACH": isinstance(scalars[1], Tensor),
+        "A_SWAPPED": a_swapped,
+        "X_SWAPPED": x_swapped,
+        "C_SWAPPED": c_swapped,
+        "TRANSPOSE": transpose,
+        "BLOCK_N": config.rows,
+        "BLOCK_M": config.cols,
+        "BLOCK_K": config.depth,
+        "GROUP": config.group,
+        "TMA": tma,
+        "DTYPE": TL_DTYPES[out.dtype],
+        "PRECISION": input_precision,
+    }
+    return Launch(
+        product_kernel,
+        (grid,),
+        (*operands, *scalars),
+        (n, m, k, *_strides(tma, a, x, third, out)),
+        constants,
+        {"num_warps": config.warps, "num_stages": config.stages},
     )
+
+
+def _strides(tma: bool, *operands: Tensor) -> tuple[int, ...]:
+    """Strides for pointers. Descriptors hold their own: zeros, so that none compiles a variant."""
+    if tma:
+        return (0,) * 3 * len(operands)
+    return tuple(stride for operand in operands for stride in operand.stride())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -17,11 +17,19 @@ from flashns_dist.orthogonalize.kernels.triton_normalize import (
     scale_kernel,
     scale_transpose_kernel,
 )
+from flashns_dist.orthogonalize.kernels.triton_prepared import (
+    Launch,
+    LaunchTable,
+    argument,
+    key_and_values,
+)
 from flashns_dist.orthogonalize.kernels.triton_product import scale_columns_kernel
 from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
 
 # A matrix of at most this many (padded) entries is normalized by one program in one pass.
 ONE_PASS_ENTRIES = 32768
+
+_LAUNCHES = LaunchTable()
 
 
 @cache
@@ -36,18 +44,35 @@ def has_tensor_cores(t: Tensor) -> bool:
     return t.device.type == "cuda" and device_facts(t.get_device())[1] >= 8
 
 
+def _run(
+    launch: Callable[[], Launch],
+    tensors: Sequence[Tensor],
+    scalars: Sequence[float | Tensor],
+    *key: Hashable,
+) -> None:
+    """Launches; the key, with what the tensors and scalars say, determines everything but these."""
+    facts, values = key_and_values(tensors, scalars)
+    device = tensors[0].get_device()
+    _LAUNCHES.launch((*key, facts, device), device, values, launch)
+
+
 def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, norms: Tensor) -> None:
     """Writes ``x * scale / norm`` to ``out``, and the norms; ``x`` has contiguous rows."""
     batch, rows, cols = x.shape
     each = isinstance(scale, Tensor)
-    factor: Any = scale.float().contiguous() if isinstance(scale, Tensor) else float(scale)
+    factor = argument(scale)
     padded_rows, padded_cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     if padded_rows * padded_cols <= ONE_PASS_ENTRIES:
-        normalize_once_kernel[(batch,)](
-            x, out, norms, factor, rows, cols, x.stride(0),
-            SCALE_EACH=each, TRANSPOSE=transpose, ROWS=padded_rows, COLS=padded_cols,
-            num_warps=4 if padded_rows * padded_cols <= 8192 else 16,
-        )  # fmt: skip
+
+        def once() -> Launch:
+            return Launch(
+                normalize_once_kernel, (batch,), (x, out, norms, factor), (rows, cols, x.stride(0)),
+                {"SCALE_EACH": each, "TRANSPOSE": transpose, "ROWS": padded_rows,
+                 "COLS": padded_cols},
+                {"num_warps": 4 if padded_rows * padded_cols <= 8192 else 16},
+            )  # fmt: skip
+
+        _run(once, (x, out, norms), (factor,), "normalize once", x.shape, transpose)
         return
     size = rows * cols
     # Chunks depend on the matrix alone, so that its norm does not depend on the batch.
@@ -57,22 +82,34 @@ def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, nor
     chunks = -(-size // (block * steps))
     sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
     levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
-    partial_norms_kernel[(chunks, batch)](
-        x, sums, levels, size, x.stride(0), BLOCK=block, STEPS=steps, num_warps=8
-    )
-    padded_chunks = triton.next_power_of_2(chunks)
-    if transpose:
+
+    def norm() -> Launch:
+        return Launch(
+            partial_norms_kernel, (chunks, batch), (x, sums, levels), (size, x.stride(0)),
+            {"BLOCK": block, "STEPS": steps}, {"num_warps": 8},
+        )  # fmt: skip
+
+    def scaling() -> Launch:
+        padded_chunks = triton.next_power_of_2(chunks)
+        changing = (x, sums, levels, out, norms, factor)
+        constants = {"SCALE_EACH": each, "CHUNKS": padded_chunks}
+        if not transpose:
+            return Launch(
+                scale_kernel, (chunks, batch), changing, (size, chunks, batch, x.stride(0)),
+                constants | {"BLOCK": block, "STEPS": steps}, {"num_warps": 8},
+            )  # fmt: skip
         tile, tile_steps = 64, 4
-        grid = (-(-cols // tile), -(-rows // (tile * tile_steps)), batch)
-        scale_transpose_kernel[grid](
-            x, sums, levels, out, norms, factor, rows, cols, chunks, batch, x.stride(0),
-            SCALE_EACH=each, BLOCK=tile, STEPS=tile_steps, CHUNKS=padded_chunks, num_warps=4,
-        )  # fmt: skip
-    else:
-        scale_kernel[(chunks, batch)](
-            x, sums, levels, out, norms, factor, size, chunks, batch, x.stride(0),
-            SCALE_EACH=each, BLOCK=block, STEPS=steps, CHUNKS=padded_chunks, num_warps=8,
-        )  # fmt: skip
+        return Launch(
+            scale_transpose_kernel,
+            (-(-cols // tile), -(-rows // (tile * tile_steps)), batch),
+            changing,
+            (rows, cols, chunks, batch, x.stride(0)),
+            constants | {"BLOCK": tile, "STEPS": tile_steps},
+            {"num_warps": 4},
+        )
+
+    _run(norm, (x, sums, levels), (), "norms", x.shape)
+    _run(scaling, (x, sums, levels, out, norms), (factor,), "scale", x.shape, transpose)
 
 
 def launch_gram_space(
@@ -81,29 +118,37 @@ def launch_gram_space(
     """Writes to ``out`` the factor of these steps; see ``gram_space_kernel``."""
     batch, n, m = x.shape
     block = max(16, triton.next_power_of_2(n))
-    arguments: list[Any] = [
-        s.float().contiguous() if isinstance(s, Tensor) else float(s) for s in (alpha, scale)
-    ]
-    gram_space_kernel[(batch,)](
-        x, out, *arguments, n, m, *x.stride(),
-        ROWS=steps,
-        ALPHA_EACH=isinstance(alpha, Tensor),
-        SCALE_EACH=isinstance(scale, Tensor),
-        BLOCK=block,
-        BLOCK_M=32 if x.dtype == torch.float32 else 64,
-        DTYPE=TL_DTYPES[x.dtype],
-        PRECISION=precision(x.dtype, has_tensor_cores(x)),
-        num_warps=8 if block == 128 else 4,
-        num_stages=3,
-    )  # fmt: skip
+    scalars = (argument(alpha), argument(scale))
+
+    def launch() -> Launch:
+        constants = {
+            "ROWS": steps,
+            "ALPHA_EACH": isinstance(alpha, Tensor),
+            "SCALE_EACH": isinstance(scale, Tensor),
+            "BLOCK": block,
+            "BLOCK_M": 32 if x.dtype == torch.float32 else 64,
+            "DTYPE": TL_DTYPES[x.dtype],
+            "PRECISION": precision(x.dtype, has_tensor_cores(x)),
+        }
+        options = {"num_warps": 8 if block == 128 else 4, "num_stages": 3}
+        return Launch(
+            gram_space_kernel, (batch,), (x, out, *scalars), (n, m, *x.stride()), constants, options
+        )
+
+    _run(launch, (x, out), scalars, "gram_space", x.shape, steps)
 
 
 def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
     """``a diag(scale)`` in the dtype of ``a``."""
     batch, n, _ = a.shape
     out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
-    grid = (-(-n // 128), -(-n // 32), batch)
-    scale_columns_kernel[grid](
-        a, scale.float().contiguous(), out, n, *a.stride(), BLOCK_N=32, BLOCK_M=128, num_warps=4
-    )
+    factors = scale.float().contiguous()
+
+    def launch() -> Launch:
+        return Launch(
+            scale_columns_kernel, (-(-n // 128), -(-n // 32), batch), (a, factors, out),
+            (n, *a.stride()), {"BLOCK_N": 32, "BLOCK_M": 128}, {"num_warps": 4},
+        )  # fmt: skip
+
+    _run(launch, (a, factors, out), (), "scale_columns", a.shape)
     return out

@@ -145,7 +145,8 @@ def _two_tiles(
     return first, second
 
 
-@triton.jit
+# Compiling anew for batches that are one or a multiple of 16 would gain nothing.
+@triton.jit(do_not_specialize=["num_matrices"])
 def symmetric_kernel(
     a,  # (batch, n, k): descriptor or pointer
     b,  # (batch, n, k): the second factor's transpose
