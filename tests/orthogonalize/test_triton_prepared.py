@@ -156,8 +156,9 @@ def test_what_is_not_known_is_not_prepared(monkeypatch):
 class Counted:
     """Stands for a launch; counts ordinary ones."""
 
-    def __init__(self):
+    def __init__(self, settled=True):
         self.runs = 0
+        self.settled = settled
 
     def run(self):
         self.runs += 1
@@ -186,6 +187,15 @@ def test_what_could_not_be_prepared_is_launched_ordinarily_and_not_tried_again(m
     for _ in range(3):
         table.launch("a", 0, [0], lambda: counted)
     assert (counted.runs, len(tried)) == (3, 1)
+
+
+def test_a_launch_that_is_not_settled_is_made_again(monkeypatch):
+    noted, counted = [], Counted(settled=False)
+    monkeypatch.setattr(prepared, "prepare", lambda *arguments: noted.append)
+    table = prepared.LaunchTable()
+    for _ in range(3):
+        table.launch("a", 0, [0], lambda: counted)
+    assert (counted.runs, noted) == (3, [])
 
 
 def test_profilers_see_every_launch(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -95,6 +95,7 @@ class SelectedKernels:
         self._default = next(iter(members.values()))
         self._tune = tune
         self._cache = cache if cache is not None else TuningCache()
+        self._settled: dict[Hashable, Kernels] = {}
 
     def normalize(
         self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
@@ -179,17 +180,31 @@ class SelectedKernels:
             return call(self._default)
         if a.numel() == 0 or a.dtype not in _HALF:
             return call(self._default)
-        batch, n, _ = a.shape
+        key = (kind, a.shape, m, a.dtype, a.get_device())
+        settled = self._settled.get(key)
+        if settled is None:
+            settled, final = self._choose(kind, a, m, call)
+            if final:
+                self._settled[key] = settled
+        return call(settled)
+
+    def _choose(
+        self, kind: str, a: Tensor, m: int, call: Callable[[Kernels], Tensor]
+    ) -> tuple[Kernels, bool]:
+        """The member for a problem, and whether that holds for the next call too."""
+        batch, n, k = a.shape
         problem = (
-            f"select-{'+'.join(self._members)}-{kind}-{n}x{m}-b{batch_bucket(batch)}"
+            f"select-{'+'.join(self._members)}-{kind}-{n}x{k}x{m}-b{batch_bucket(batch)}"
             f"-{str(a.dtype)[6:]}-{_device_name(a)}"
         )
         choice = self._cache.lookup(problem)
         if choice is None:
             wanted = tuning_requested() if self._tune is None else self._tune
-            if wanted and not (a.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if wanted and a.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._default, False
+            if wanted:
                 choice = self._measure(problem, kind, call)
-        return call(self._members.get(str(choice), self._default))
+        return self._members.get(str(choice), self._default), True
 
     def _measure(self, problem: str, kind: str, call: Callable[[Kernels], Tensor]) -> str:
         # torch has no symmetric product to offer: it computes and writes the whole square.

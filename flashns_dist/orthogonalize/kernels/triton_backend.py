@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -67,7 +68,8 @@ class TritonKernels:
     Args:
         tune: Measure the few candidate configurations of a problem (kernel, shape, power-of-two
             batch bucket, dtype, device) at its first call and keep the choice on disk. None asks
-            ``$FLASHNS_DIST_TUNE``. Without it a choice found on disk is used, or a fixed default.
+            ``$FLASHNS_DIST_TUNE``, at that call. Without it a choice found on disk is used, or a
+            fixed default.
         cache: Where choices are kept; a new ``TuningCache`` if None.
         descriptors: Load through tensor descriptors (TMA). None means where the device has them
             and strides allow; True is for tests in the interpreter.
@@ -287,10 +289,10 @@ class TritonKernels:
             def default() -> TileConfig:
                 return default_symmetric(configs, batch, n, _num_sms(a))
 
-            return launch(self._choose("symmetric", configs, default, launch, a, (n, k), tma))
+            return self._choose("symmetric", configs, default, launch, a, (n, k), tma)
 
         device = a.get_device()
-        key = ("symmetric", turned, c is None, a.shape, facts, device, self._measuring())
+        key = ("symmetric", turned, c is None, a.shape, facts, device)
         self._launches.launch(key, device, values, make)
 
     def _product(
@@ -326,14 +328,11 @@ class TritonKernels:
                 return default_product(configs, batch, n, m, _num_sms(a))
 
             kind = "product_t" if transpose else "product"
-            return launch(self._choose(kind, configs, default, launch, a, (n, k, m), tma))
+            return self._choose(kind, configs, default, launch, a, (n, k, m), tma)
 
         device = a.get_device()
-        key = ("product", transpose, c is None, a.shape, x.shape, facts, device, self._measuring())
+        key = ("product", transpose, c is None, a.shape, x.shape, facts, device)
         self._launches.launch(key, device, values, make)
-
-    def _measuring(self) -> bool:
-        return tuning_requested() if self._tune is None else self._tune
 
     def _descriptors_usable(self, *tensors: Tensor | None) -> bool:
         first = tensors[0]
@@ -356,12 +355,12 @@ class TritonKernels:
         a: Tensor,
         size: tuple[int, ...],
         tma: bool,
-    ) -> TileConfig:
-        """Forced, known, measured now, or default: in this order."""
+    ) -> Launch:
+        """With the configuration forced, known, measured now, or default: in this order."""
         if self._config is not None:
-            return self._config
+            return launch(self._config)
         if len(configs) == 1 or a.device.type != "cuda":
-            return default()
+            return launch(default())
         device = device_facts(a.get_device())[0]
         access = "tma" if tma else "pointer"
         problem = (
@@ -371,13 +370,16 @@ class TritonKernels:
         labels = {config.label(): config for config in configs}
         known = labels.get(str(self._cache.lookup(problem)))
         if known is not None:
-            return known
-        if not self._measuring() or torch.cuda.is_current_stream_capturing():
-            return default()
+            return launch(known)
+        wanted = tuning_requested() if self._tune is None else self._tune
+        if not wanted:
+            return launch(default())
+        if torch.cuda.is_current_stream_capturing():
+            return replace(launch(default()), settled=False)
         candidates = [(name, _bind(launch, config)) for name, config in labels.items()]
         best, seconds = fastest(candidates)
         self._cache.store(problem, configs[best].label(), seconds)
-        return configs[best]
+        return launch(configs[best])
 
 
 def _bind(launch: Callable[[TileConfig], Launch], config: TileConfig) -> Callable[[], object]:

@@ -53,6 +53,7 @@ class Launch:
         fixed: The arguments after them.
         constants: Compile-time arguments by name.
         options: ``num_warps`` and ``num_stages``.
+        settled: Whether the next launch of the same key shall be the same.
     """
 
     kernel: Any
@@ -61,6 +62,7 @@ class Launch:
     fixed: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    settled: bool = True
 
     def run(self) -> Any:
         """Launches through Triton's ordinary interface; the compiled kernel."""
@@ -107,7 +109,7 @@ class LaunchTable:
             return
         launch = make()
         compiled = launch.run()
-        if key not in self._known:
+        if key not in self._known and launch.settled:
             while len(self._known) >= self._limit:
                 self._known.pop(next(iter(self._known)), None)
             self._known[key] = prepare(launch, compiled, device)
