@@ -24,6 +24,8 @@ class OptimizerConfig:
         weight_decay: Decoupled weight decay of the matrices; with `adamw`, embedding and head too.
         momentum: Momentum of Muon.
         betas: Decay rates of AdamW's moments.
+        method: How FlashMuon orthogonalizes.
+        ns_dtype: Name of the dtype of its iteration; None for the device's default.
     """
 
     name: str = "flashmuon"
@@ -32,6 +34,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
+    method: str = "auto"
+    ns_dtype: str | None = None
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -68,6 +72,8 @@ def _flashmuon(model: nn.Module, lr: float, config: OptimizerConfig) -> torch.op
         momentum=config.momentum,
         aux_lr=config.aux_lr,
         betas=config.betas,
+        method=config.method,
+        ns_dtype=None if config.ns_dtype is None else getattr(torch, config.ns_dtype),
     )
 
 

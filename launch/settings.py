@@ -54,6 +54,8 @@ def optimizer_config(settings: argparse.Namespace) -> OptimizerConfig:
         aux_lr=settings.aux_lr,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
+        method=settings.method,
+        ns_dtype=settings.ns_dtype,
     )
 
 
@@ -118,6 +120,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     add("--optimizer", choices=NAMES, default=defaults.name, help="of the matrices")
     rates = ", ".join(f"{rate:g} with {name}" for name, rate in DEFAULT_LR.items())
+    add("--method", default=defaults.method, help="of flashmuon's orthogonalization")
+    add(
+        "--ns-dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="of flashmuon's iteration; float16 on cuda, float32 on the CPU if not given",
+    )
     add("--lr", type=float, metavar="X", help=f"of the matrices (adamw: of all); {rates}")
     add(
         "--aux-lr",
