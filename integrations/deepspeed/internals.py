@@ -8,7 +8,7 @@ wrapper than stage 1 in fp32, and which one has changed between versions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -27,6 +27,7 @@ from .partitions import (
 )
 
 VERSION: str = deepspeed.__version__
+RELEASE = tuple(int(part) for part in VERSION.split("+")[0].split(".")[:2])
 
 _FLAT_WRAPPERS = {
     # wrapper: (low-precision parameters, their flat buffers, this rank's master weights), by group
@@ -54,6 +55,24 @@ def attribute(owner: object, name: str) -> Any:
             f"DeepSpeed {VERSION} has no {kind}.{name}, which FlashMuon's adapter needs. Use "
             "deepspeed 0.18.4 to 0.19.8, or report this version."
         ) from None
+
+
+def known_defects(engine: Any) -> Iterator[tuple[str, str]]:
+    """Settings that this version gets wrong with any optimizer, and why: they are refused."""
+    if RELEASE >= (0, 19):
+        return
+    stage = engine.zero_optimization_stage()
+    offloads = getattr(engine.zero_offload_optimizer(), "device", None) not in (None, "none")
+    if stage == 2 and offloads and engine.gradient_accumulation_steps() > 1:
+        yield (
+            "offload_optimizer in stage 2 with gradient accumulation",
+            f"{VERSION} loses part of the gradients. Use deepspeed 0.19, or stage 1 or 3.",
+        )
+    if stage == 1 and engine.load_universal_checkpoint():
+        yield (
+            "universal checkpoints in stage 1",
+            f"{VERSION} loads wrong weights. Use deepspeed 0.19, or stage 2 or 3.",
+        )
 
 
 def engine_methods() -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .internals import known_defects
+
 
 def check_supported(engine: Any, *, from_config: bool) -> None:
     """Raise for a feature that would be wrong or has not been made to work.
@@ -26,6 +28,7 @@ def _refusals(engine: Any, from_config: bool) -> Iterator[tuple[str, str]]:
     yield from _offload(engine, from_config)
     yield from _zero(engine)
     yield from _checkpoints(engine)
+    yield from known_defects(engine)
 
 
 def _parallelism(engine: Any) -> Iterator[tuple[str, str]]:

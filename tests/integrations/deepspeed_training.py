@@ -208,6 +208,13 @@ def deepspeed_ready() -> Iterator[Any]:
     yield deepspeed
 
 
+def is_older() -> bool:
+    """Whether this DeepSpeed is one before 0.19, of which the adapter refuses more."""
+    from flashns_dist.integrations.deepspeed.internals import RELEASE
+
+    return RELEASE < (0, 19)
+
+
 def config(
     stage: int,
     world_size: int,

@@ -14,6 +14,7 @@ from tests.integrations.deepspeed_training import (
     config,
     deepspeed_ready,
     full_weights,
+    is_older,
     make,
     reference,
     relative_difference,
@@ -146,6 +147,9 @@ FP32_CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_transformer_trains_as_in_one_process(ranks: RankPool, world_size: int) -> None:
-    results = ranks.run(world_size, compare_transformer, FP32_CASES)[0]
-    for case, (_, difference, unit) in zip(FP32_CASES, results, strict=True):
+    cases = FP32_CASES
+    if is_older():  # offload in stage 2 with accumulation is refused
+        cases = [c for c in cases if "offload" not in str(c) or "accumulation" not in c]
+    results = ranks.run(world_size, compare_transformer, cases)[0]
+    for case, (_, difference, unit) in zip(cases, results, strict=True):
         assert difference < 10 * unit, f"{case}: {difference:.1e}, rounding makes {unit:.1e}"

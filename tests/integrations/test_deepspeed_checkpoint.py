@@ -15,6 +15,7 @@ from tests.integrations.deepspeed_training import (
     config,
     deepspeed_ready,
     full_weights,
+    is_older,
     make,
     reference,
     relative_difference,
@@ -45,10 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def supported(name: str) -> bool:
     """Stage 0 in bf16, and what falls back to it, has a loss scale before DeepSpeed 0.19."""
-    import deepspeed
-
-    older = tuple(int(part) for part in deepspeed.__version__.split(".")[:2]) < (0, 19)
-    return not (older and name in ("stage 0 bf16", "stage 1 bf16, fp32 accumulation"))
+    return not (is_older() and name in ("stage 0 bf16", "stage 1 bf16, fp32 accumulation"))
 
 
 def start(deepspeed: Any, seed: int, settings: dict[str, Any]) -> Any:
@@ -127,6 +125,8 @@ def load_universal(folder: str) -> list[tuple[str, float]]:
     found = []
     with deepspeed_ready() as deepspeed:
         for name, settings in UNIVERSAL.items():
+            if is_older() and name == "stage 1":  # refused
+                continue
             engine = start(deepspeed, 7, {**settings, "checkpoint": {"load_universal": True}})
             engine.load_checkpoint(f"{folder}/{name}", tag="universal")
             train(engine, data, range(2, 4))

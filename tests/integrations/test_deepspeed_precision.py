@@ -19,6 +19,7 @@ from tests.integrations.deepspeed_training import (
     config,
     deepspeed_ready,
     full_weights,
+    is_older,
     make,
     relative_difference,
     train,
@@ -72,14 +73,12 @@ def train_in(cases: list[dict[str, Any]]) -> list[float]:
 
 
 def cases_here() -> list[dict[str, Any]]:
-    import deepspeed
-
     cases: list[dict[str, Any]] = [
         {"stage": stage, "dtype": dtype, "accumulation": accumulation}
         for stage in (1, 2, 3)
         for dtype, accumulation in (("bf16", 4), ("fp16", 1))
     ]
-    if tuple(int(part) for part in deepspeed.__version__.split(".")[:2]) >= (0, 19):
+    if not is_older():
         fp32 = {"grad_accum_dtype": "fp32"}
         cases += [
             {"stage": 0, "dtype": "bf16"},
