@@ -171,7 +171,7 @@ def orthogonality_error(result: Tensor, exact: PolarFactor) -> float:
     if not torch.isfinite(result).all():
         return math.inf
     core = exact.left.T @ result.double() @ exact.right.T
-    identity = torch.eye(exact.rank, dtype=torch.float64)
+    identity = torch.eye(exact.rank, dtype=torch.float64, device=core.device)
     return float((core - identity).norm()) / math.sqrt(max(exact.rank, 1))
 
 
