@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashns_dist.orthogonalize.kernels import select, tuning
-from flashns_dist.orthogonalize.kernels.select import SelectedKernels, choose
+from flashns_dist.orthogonalize.kernels.select import CublasKernels, SelectedKernels, choose
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
@@ -162,3 +162,17 @@ def test_defaults_are_what_the_h200_measured():
         assert config.depth == 64
         assert config in (configs.default_symmetric(configs.SYMMETRIC_POINTER, b, 512, 132)
                           for b in (1, 64))  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"beta": 0.5}, {"transpose": True}])
+def test_cublas_products_are_those_of_torch(given, options):
+    a, x = torch.randn(2, 5, 5), torch.randn(2, 5, 7)
+    options = options | ({"c": x} if "beta" in options else {})
+    shape = (2, 7, 5) if "transpose" in options else (2, 5, 7)
+    out = torch.full(shape, torch.nan) if given else None
+    for alpha in (0.3, torch.tensor([2.0, 3.0])):
+        result = CublasKernels().product(a, x, alpha=alpha, out=out, **options)
+        expected = TorchKernels().product(a, x, alpha=alpha, **options)
+        assert torch.allclose(result, expected, atol=1e-6)
+        assert out is None or result is out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
     batch_bucket,
@@ -60,10 +61,47 @@ def _for_device(index: int) -> str | SelectedKernels:
     from flashns_dist.orthogonalize.kernels import load_backend
     from flashns_dist.orthogonalize.kernels.quack_backend import unavailable
 
-    members = {"triton": load_backend("triton"), "torch": load_backend("torch")}
+    members: dict[str, Kernels] = {"triton": load_backend("triton"), "torch": CublasKernels()}
     if unavailable(index) is None:
         members["quack"] = load_backend("quack")
     return SelectedKernels(members)
+
+
+class CublasKernels(TorchKernels):
+    """``TorchKernels``, with ``alpha`` and ``out`` handed to cuBLAS where it takes them."""
+
+    def product(
+        self,
+        a: Tensor,
+        x: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        c: Tensor | None = None,
+        beta: Scalar = 0.0,
+        column_scale: Tensor | None = None,
+        transpose: bool = False,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``interface.Kernels.product``."""
+        result = out.dtype if out is not None else dtype or x.dtype
+        plain = c is None and column_scale is None and not transpose
+        if not plain or isinstance(alpha, Tensor) or result != a.dtype:
+            return super().product(
+                a,
+                x,
+                alpha=alpha,
+                c=c,
+                beta=beta,
+                column_scale=column_scale,
+                transpose=transpose,
+                dtype=dtype,
+                out=out,
+            )
+        if out is None:
+            out = x.new_empty((a.shape[0], a.shape[1], x.shape[2]))
+        # With beta = 0 the first operand is not read.
+        return torch.baddbmm(out, a, x, beta=0, alpha=alpha, out=out)
 
 
 class SelectedKernels:
@@ -71,9 +109,12 @@ class SelectedKernels:
 
     A problem is a product, its shape, the batch rounded up to a power of two, the dtype and the
     device. A choice is read from the disk cache; a problem that is not there is measured if
-    ``$FLASHNS_DIST_TUNE`` asks for it, and otherwise goes to the first member. Members differ in
-    the last bits (cuBLAS and quack add in an order of their own), so that ranks that must agree
-    bitwise must share one cache, or measure nothing.
+    ``$FLASHNS_DIST_TUNE`` asks for it. Otherwise it goes to the first member, or to ``"torch"`` if
+    it is ``a x`` alone, neither added to nor transposed nor converted: with those on cuBLAS the
+    Gram iteration was 1.01 to 1.33 times as fast at eleven shapes on an H200 ("gram iteration" in
+    docs/benchmarks/kernels-h200.jsonl, from CUDA graphs). Members differ in the last bits (cuBLAS
+    and quack add in an order of their own), so that ranks that must agree bitwise must share one
+    cache, or measure nothing.
 
     Args:
         members: Backends by name; the first is the default, and carries everything that is not
@@ -204,6 +245,8 @@ class SelectedKernels:
                 return self._default, False
             if wanted:
                 choice = self._measure(problem, kind, call)
+        if choice is None and a.is_cuda and kind == f"product_n_{str(a.dtype)[6:]}":
+            choice = "torch"
         return self._members.get(str(choice), self._default), True
 
     def _measure(self, problem: str, kind: str, call: Callable[[Kernels], Tensor]) -> str:
