@@ -1,19 +1,23 @@
 """How fast and how accurate each method, backend and installed peer is.
 
-    python -m launch.bench.orthogonalize --out DIR [--minutes 7] [--shapes baseline,gpt2,...]
-        [--accuracy-only | --no-accuracy] [--compiled] [--tune]
+    python -m launch.bench.orthogonalize --out DIR [--minutes 5] [--shapes baseline,gpt2,...]
+        [--accuracy-only | --no-accuracy] [--backends] [--compiled] [--tune]
 
-Writes ``DIR/orthogonalize.jsonl``, one measurement per line, and ``DIR/orthogonalize.png`` where
-matplotlib is installed. Times are of bfloat16 input, eager and replayed from a CUDA graph (which
-shows what launching costs). Errors are the worst over the spectra suite, and the largest singular
-value of the output over the adversarial one.
+Kernels are compiled by several processes first. Then come all methods, the fast peers and the
+table; then accuracy; then the peers that tune or compile for long, on as many shapes as time is
+left for. Nothing new is begun after ``--minutes``.
+
+Writes ``DIR/orthogonalize.jsonl``, one measurement per line, ``DIR/orthogonalize.txt``, the table,
+and ``DIR/orthogonalize.png`` where matplotlib is installed. Times are of bfloat16 input, eager and
+replayed from a CUDA graph (which shows what launching costs). Errors are the worst over the spectra
+suite, and the largest singular value of the output over the adversarial one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -32,7 +36,7 @@ from flashns_dist.testing.spectra import (
     polar_factor,
     spectra,
 )
-from launch.bench.peers import Orthogonalize, peers
+from launch.bench.peers import SLOW, Orthogonalize, peers
 from launch.bench.timing import Record, eager, graphed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,10 +70,10 @@ SHAPES = {
 
 
 def ours(backends: tuple[str, ...]) -> dict[str, Orthogonalize]:
-    """Every method with the automatic backend, and ``gram`` with each backend."""
+    """Every method with the automatic backend, and ``gram`` with each of ``backends``."""
     found: dict[str, Orthogonalize] = {}
-    for method in (*METHODS, "auto"):
-        found[f"{method}"] = _bound(method, "auto")
+    for method in ("auto", *METHODS):
+        found[method] = _bound(method, "auto")
     for backend in backends:
         found[f"gram, {backend}"] = _bound("gram", backend)
     return found
@@ -93,7 +97,44 @@ def usable_backends() -> tuple[str, ...]:
     return tuple(found)
 
 
-def accuracy(record: Record, candidates: dict[str, Orthogonalize], sizes: tuple[int, ...]) -> None:
+def precompile(shapes: list[tuple[int, int, int]], deadline: float) -> None:
+    """Runs every method on every shape in several processes, which share Triton's disk cache."""
+    if DEVICE == "cpu":
+        return
+    begin = time.monotonic()
+    # Neighbouring tasks differ in method and shape, so that processes compile different kernels.
+    tasks = [(method, shape) for shape in shapes for method in METHODS]
+    tasks = [task for start in range(7) for task in tasks[start::7]]
+    processes = max(1, min(12, (os.cpu_count() or 2) - 2))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = [pool.apply_async(_compile_one, task) for task in tasks]
+        for result, task in zip(results, tasks, strict=True):
+            try:
+                result.get(max(0.1, deadline - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                print("compiling first: out of time")
+                break
+            except Exception as error:
+                print(f"compiling {task}: {type(error).__name__}: {str(error)[:150]}")
+        pool.terminate()
+    print(f"[compiled in {time.monotonic() - begin:.0f} s]", flush=True)
+
+
+def _compile_one(method: str, shape: tuple[int, int, int]) -> None:
+    os.environ["FLASHNS_DIST_TUNE"] = "0"  # not while others use the device
+    x = torch.randn(shape, device=DEVICE).to(torch.bfloat16)
+    _bound(method, "auto")(x)
+    torch.cuda.synchronize()
+    del x
+    torch.cuda.empty_cache()
+
+
+def accuracy(
+    record: Record,
+    candidates: dict[str, Orthogonalize],
+    sizes: tuple[int, ...],
+    deadline: float,
+) -> None:
     """Worst orthogonality error and largest singular value of every candidate."""
     for n in sizes:
         for aspect in (1.0, 4.0):
@@ -101,6 +142,9 @@ def accuracy(record: Record, candidates: dict[str, Orthogonalize], sizes: tuple[
             hard = adversarial(n=n, aspect=aspect)
             print(f"accuracy, {n} x {int(n * aspect)}: worst error, on; largest sigma, on")
             for name, call in candidates.items():
+                if time.monotonic() > deadline:
+                    print(f"    out of time before {name}")
+                    return
                 errors = {
                     key: orthogonality_error(_result(call, x), exact)
                     for key, (x, exact) in suite.items()
@@ -133,25 +177,86 @@ def speed(
     deadline: float,
     smoke: bool,
 ) -> list[dict[str, Any]]:
-    """Times every candidate on every shape; returns one row per shape for the picture."""
+    """Times every candidate on every shape; returns one row per shape for table and picture."""
     rows: list[dict[str, Any]] = []
-    for group in groups:
-        for shape in SHAPES[group][: 1 if smoke else None]:
-            if time.monotonic() > deadline:
-                print(f"out of time before {group} {shape}")
-                return rows
-            batch, n, m = (max(1, size // 32) for size in shape) if smoke else shape
-            x = torch.randn(batch, n, m, device=DEVICE).to(torch.bfloat16)
-            rate = _bmm_rate(record, batch, n, m)
-            row: dict[str, Any] = {"group": group, "shape": (batch, n, m)}
-            print(f"{group} {(batch, n, m)}, bmm {rate / 1e12:.0f} TFLOP/s: ms eager, graph")
-            for name, call in candidates.items():
-                times = _times(record, group, name, call, x, rate)
-                if times:
-                    row[name] = times
-            rows.append(row)
-            _say_ratio(row)
+    for group, shape in _shapes(groups, smoke):
+        if time.monotonic() > deadline:
+            print(f"out of time before {group} {shape}")
+            break
+        x = torch.randn(shape, device=DEVICE).to(torch.bfloat16)
+        rate = _bmm_rate(record, *shape)
+        row: dict[str, Any] = {"group": group, "shape": shape, "rate": rate}
+        print(f"{group} {shape}, bmm {rate / 1e12:.0f} TFLOP/s: ms eager, graph")
+        for name, call in candidates.items():
+            times = _times(record, group, name, call, x, rate)
+            if times:
+                row[name] = times
+        rows.append(row)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
     return rows
+
+
+def slow_peers(
+    record: Record,
+    candidates: dict[str, Orthogonalize],
+    rows: list[dict[str, Any]],
+    deadline: float,
+    reserve: float,
+) -> None:
+    """Adds to the rows the peers that take ``reserve`` seconds at a new shape, as time permits."""
+    for row in rows:
+        x = torch.randn(row["shape"], device=DEVICE).to(torch.bfloat16)
+        for name, call in candidates.items():
+            if time.monotonic() + reserve > deadline:
+                print(f"no time for {name} on {row['shape']} and after")
+                return
+            times = _times(record, row["group"], name, call, x, row["rate"])
+            if times:
+                row[name] = times
+
+
+def _shapes(groups: list[str], smoke: bool) -> list[tuple[str, tuple[int, int, int]]]:
+    if not smoke:
+        return [(group, shape) for group in groups for shape in SHAPES[group]]
+    return [
+        (group, (max(1, b // 32), max(1, n // 32), max(1, m // 32)))
+        for group in groups
+        for b, n, m in SHAPES[group][:1]
+    ]
+
+
+def summarize(record: Record, rows: list[dict[str, Any]]) -> str:
+    """The table: speedups over the peer's best by shape and method, and their geometric means."""
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if _is_candidate(rows, n)]
+    names = [name for name in names if not name.startswith(PEER)]
+    lines = [f"{'speed relative to ' + PEER:28s} " + "".join(f"{n[:12]:>13s}" for n in names)]
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for row in rows:
+        others = [min(times.values()) for name, times in row.items() if name.startswith(PEER)]
+        if not others:
+            continue
+        cells = []
+        for name in names:
+            if name in row:
+                ratios[name].append(min(others) / min(row[name].values()))
+            cells.append(f"{ratios[name][-1]:13.2f}" if name in row else f"{'-':>13s}")
+        label = f"{row['group']} {'x'.join(map(str, row['shape']))}"
+        lines.append(f"{label:28s} " + "".join(cells))
+    for title, reduce in (("geometric mean", _geometric_mean), ("lowest", min)):
+        cells = [f"{reduce(ratios[n]):13.2f}" if ratios[n] else f"{'-':>13s}" for n in names]
+        lines.append(f"{title:28s} " + "".join(cells))
+    for name in names:
+        if ratios[name]:
+            record.write(
+                "summary", candidate=name, geometric_mean=_geometric_mean(ratios[name]),
+                lowest=min(ratios[name]), shapes=len(ratios[name]), over=PEER,
+            )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _bmm_rate(record: Record, batch: int, n: int, m: int) -> float:
@@ -199,15 +304,6 @@ def _times(
     return times
 
 
-def _say_ratio(row: dict[str, Any]) -> None:
-    """Best peer time over the best time of the automatic method."""
-    others = [min(times.values()) for name, times in row.items() if name.startswith(PEER)]
-    if others and "auto" in row:
-        mine = min(row["auto"].values())
-        row["ratio"] = min(others) / mine
-        print(f"    auto is {row['ratio']:.2f} times as fast as {PEER}'s best")
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the best time of each candidate by shape, relative to the peer's best."""
     try:
@@ -245,7 +341,7 @@ def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."))
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=5.0, help="in all")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument(
         "--candidates", help="names to keep, separated by semicolons (default: all)"
@@ -253,36 +349,44 @@ def main() -> None:
     parser.add_argument("--sizes", default="256", help="rows of the accuracy suite's matrices")
     parser.add_argument("--no-accuracy", action="store_true")
     parser.add_argument("--accuracy-only", action="store_true")
+    parser.add_argument("--backends", action="store_true", help="also gram with each backend")
     parser.add_argument("--compiled", action="store_true", help="also peers that compile")
     parser.add_argument("--tune", action="store_true", help="measure configurations first")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the script out")
     options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    groups = options.shapes.split(",")
+    if not options.accuracy_only:
+        precompile([shape for _, shape in _shapes(groups, options.smoke)], deadline)
     if options.tune:
         os.environ["FLASHNS_DIST_TUNE"] = "1"
-    deadline = time.monotonic() + 60 * options.minutes
     record = Record(options.out / "orthogonalize.jsonl")
     found, missing = peers(options.compiled)
     for line in missing:
         print(f"not measured, {line}")
-    candidates = ours(usable_backends()) | found
+    candidates = ours(usable_backends() if options.backends else ()) | found
     if options.candidates:
         keep = options.candidates.split(";")
         candidates = {name: call for name, call in candidates.items() if name in keep}
+    slow = {name: call for name, call in candidates.items() if name in SLOW}
+    quick = {name: call for name, call in candidates.items() if name not in SLOW}
     rows: list[dict[str, Any]] = []
     if not options.accuracy_only:
-        rows = speed(record, candidates, options.shapes.split(","), deadline, options.smoke)
-        ratios = [row["ratio"] for row in rows if "ratio" in row]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            summary = {"geometric_mean": mean, "lowest": min(ratios), "shapes": len(ratios)}
-            record.write("summary", **summary)
-            print("auto against the peer's best:", json.dumps(summary))
-        if rows:
-            draw(rows, options.out / "orthogonalize.png")
+        rows = speed(record, quick, groups, deadline, options.smoke)
+        _publish(record, rows, options.out)
     if not options.no_accuracy:
         sizes = (32,) if options.smoke else tuple(map(int, options.sizes.split(",")))
-        slow = ("torch.optim.Muon", f"{PEER} compiled")
-        accuracy(record, {k: v for k, v in candidates.items() if k not in slow}, sizes)
+        accuracy(record, quick, sizes, deadline)
+    if rows and slow:
+        slow_peers(record, slow, rows, deadline, 0.0 if options.smoke else 60.0)
+        _publish(record, rows, options.out)
+
+
+def _publish(record: Record, rows: list[dict[str, Any]], folder: Path) -> None:
+    text = summarize(record, rows)
+    print(text, flush=True)
+    (folder / "orthogonalize.txt").write_text(text + "\n")
+    draw(rows, folder / "orthogonalize.png")
 
 
 if __name__ == "__main__":

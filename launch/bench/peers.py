@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 Orthogonalize = Callable[[Tensor], Tensor]
+CARRIED = Path(__file__).parents[2] / ".carry"
+"""Where packages may lie that are not installed (dion's sources, say)."""
+
+SLOW = ("dion triton", "torch.optim.Muon", "gram-newton-schulz compiled")
+"""Peers that tune or compile for up to a minute per shape, or run matrix by matrix."""
 
 
 def peers(compiled: bool) -> tuple[dict[str, Orthogonalize], list[str]]:
@@ -17,6 +24,8 @@ def peers(compiled: bool) -> tuple[dict[str, Orthogonalize], list[str]]:
     Args:
         compiled: Whether to add the ones that ``torch.compile`` themselves, which takes long.
     """
+    if CARRIED.is_dir() and str(CARRIED) not in sys.path:
+        sys.path.append(str(CARRIED))
     found: dict[str, Orthogonalize] = {}
     missing: list[str] = []
     try:

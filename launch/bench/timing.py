@@ -127,7 +127,7 @@ def environment() -> dict[str, Any]:
         commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
