@@ -4,10 +4,13 @@
 """
 
 from flashns_dist.orthogonalize.coefficients import (
+    AOL,
     AOL_FLASH,
+    FAST,
     KELLER_JORDAN,
     POLAR_EXPRESS,
     PRESETS,
+    UNBIASED,
     YOU,
     Coefficients,
     resolve_coefficients,
@@ -18,11 +21,14 @@ from flashns_dist.orthogonalize.methods import METHODS
 from flashns_dist.orthogonalize.solver import polar_express
 
 __all__ = [
+    "AOL",
     "AOL_FLASH",
+    "FAST",
     "KELLER_JORDAN",
     "METHODS",
     "POLAR_EXPRESS",
     "PRESETS",
+    "UNBIASED",
     "YOU",
     "Coefficients",
     "CoefficientsLike",

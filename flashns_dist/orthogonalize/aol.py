@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import Coefficients
-from flashns_dist.orthogonalize.gram import run_steps
+from flashns_dist.orthogonalize.gram import run_ordered
 from flashns_dist.orthogonalize.kernels.interface import Kernels
-from flashns_dist.orthogonalize.restarts import restart_positions
+from flashns_dist.orthogonalize.restarts import ordered_restarts
 from flashns_dist.orthogonalize.stages import add_identity, entry_scale
 
 GUARD = 2.0
@@ -74,16 +74,18 @@ def aol(
     guard = UNGUARDED if coefficients.normalization == "aol_unguarded" else GUARD
     scales = row_scales(matrix, guard)
     matrix = (matrix * scales[:, :, None] * scales[:, None, :]).to(dtype)
-    bounds = (0, *restart_positions(coefficients), coefficients.num_steps)
-    for begin, end in pairwise(bounds):
+    restarts = ordered_restarts(coefficients, n, m, dtype)
+    for begin, end in pairwise((0, *restarts, coefficients.num_steps)):
         first, last = begin == 0, end == coefficients.num_steps
         if not first:
             matrix = kernels.gram(current)
-        factor, shift = run_steps(kernels, matrix, coefficients.rows[begin:end])
+        factor, shift = run_ordered(kernels, matrix, coefficients.rows[begin:end])
         current = kernels.product(
-            add_identity(factor, shift) if shift else factor,
+            add_identity(factor, shift) if first else factor,
             current,
             alpha=math.sqrt(n) / size if first else 1.0,
+            c=None if first else current,
+            beta=0.0 if first else shift,
             column_scale=scales if first else None,
             transpose=transpose and last,
             dtype=x.dtype if last else dtype,

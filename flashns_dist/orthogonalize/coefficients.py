@@ -15,7 +15,9 @@ class Coefficients:
     """The rows of a Newton-Schulz iteration and what they assume about their input.
 
     A row ``(a, b, c)`` is the odd polynomial ``a x + b x^3 + c x^5`` of the singular values;
-    ``(a, b)`` has degree 3 and ``(a, b, c, d, e)`` degree 9. Rows are applied as they stand.
+    ``(a, b)`` has degree 3 and ``(a, b, c, d, e)`` degree 9. Nine numbers are three squarings, a
+    polynomial of degree 17 that costs three products: with ``y = x^2`` and ``t = y``, three times
+    ``t <- alpha t^2 + beta y + gamma``; the step is ``x t``. Rows are applied as they stand.
 
     Attributes:
         name: Shown in errors and tables.
@@ -47,10 +49,10 @@ class Coefficients:
         if not rows:
             raise ValueError(f"coefficients {self.name!r}: no rows. Give at least one (a, b, c).")
         for index, row in enumerate(rows):
-            if len(row) not in (2, 3, 5):
+            if len(row) not in (2, 3, 5, 9):
                 raise ValueError(
                     f"coefficients {self.name!r}: row {index} has {len(row)} numbers. "
-                    "A step of degree 3, 5 or 9 needs 2, 3 or 5."
+                    "A step of degree 3, 5, 9 or 17 needs 2, 3, 5 or 9."
                 )
             if not all(math.isfinite(value) for value in row):
                 raise ValueError(f"coefficients {self.name!r}: row {index} is not finite: {row}.")
@@ -87,10 +89,30 @@ class Coefficients:
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
+def slope(row: tuple[float, ...]) -> float:
+    """Derivative of a step at zero: what it multiplies tiny singular values by."""
+    if len(row) != 9:
+        return row[0]
+    value = 0.0
+    for alpha, _, gamma in (row[0:3], row[3:6], row[6:9]):
+        value = alpha * value * value + gamma
+    return value
+
+
 def fold_safety(rows: Iterable[tuple[float, ...]], safety: float) -> tuple[tuple[float, ...], ...]:
     """Rows of ``p(x / safety)`` for each row ``p``."""
-    return tuple(
-        tuple(value / safety ** (2 * power + 1) for power, value in enumerate(row)) for row in rows
+    return tuple(_fold_row(row, safety) for row in rows)
+
+
+def _fold_row(row: tuple[float, ...], safety: float) -> tuple[float, ...]:
+    if len(row) != 9:
+        return tuple(value / safety ** (2 * power + 1) for power, value in enumerate(row))
+    square = safety * safety
+    first, second, third = row[0:3], row[3:6], row[6:9]
+    return (
+        *(first[0] / square**2, first[1] / square, first[2]),
+        *(second[0], second[1] / square, second[2]),
+        *(third[0] / safety, third[1] / square / safety, third[2] / safety),
     )
 
 
@@ -142,7 +164,118 @@ AOL_FLASH = Coefficients(
 )
 """The four steps of flash-newton-schulz, for AOL-preconditioned input. Biased: see ``aol.py``."""
 
-PRESETS = {preset.name: preset for preset in (KELLER_JORDAN, YOU, POLAR_EXPRESS, AOL_FLASH)}
+FAST = Coefficients(
+    name="fast",
+    rows=(
+        (
+            *(3.843921377931265, -4.195335206142271, 0.6917061729995023),
+            *(14.419063196305752, 0.790483877286095, -1.9885945354159513),
+            *(0.9900990099009901, -0.561972668464275, 0.7621202951627146),
+        ),
+        (
+            *(0.3718070017365132, -1.5866806466375662, 1.2955422024927565),
+            *(2.1584018728585663, 0.6936924062961599, -1.0327234226290414),
+            *(0.5521593022820712, -0.5702466387026657, 1.5946745912481997),
+        ),
+    ),
+    normalization="ws8",
+    safety=1.01,
+    lower_bound=1 / 120,
+)
+"""Two steps of degree 17 for deflated matrices: polar_express(1/120, degrees=(17, 17), safety=1.01,
+cushion=0). Singular values above the lower bound end in [0.91, 1.09]."""
+
+UNBIASED = Coefficients(
+    name="unbiased",
+    rows=(
+        (
+            *(3.843921377931265, -4.190501857543244, 0.6849004709726767),
+            *(16.116994485997598, 0.9301054024327979, -2.2663599974648454),
+            *(0.9900990099009901, -0.08174696935008909, 0.1104112064178279),
+        ),
+        (
+            *(0.2550181494327922, -1.0818624560177528, 0.6987832988688917),
+            *(13.048835896336714, 0.17406579907680586, -1.7630725971187107),
+            *(0.5024904064828699, -0.11719257920973353, 0.6196102133752909),
+        ),
+        (
+            3.344055706618802,
+            -6.041540068855872,
+            5.491794920501682,
+            -2.175072826345002,
+            0.30732294035658553,
+        ),
+    ),
+    normalization="ws8",
+    safety=1.01,
+    lower_bound=1 / 950,
+)
+"""Steps of degree 17, 17 and 9: polar_express(1/950, degrees=(17, 17, 9), safety=1.01, cushion=0).
+Singular values above the lower bound end in [0.92, 1.08]."""
+
+UNBIASED_BFLOAT16 = Coefficients(
+    name="unbiased_bfloat16",
+    rows=(
+        (
+            14.911362528644364,
+            -143.51889469407723,
+            468.5475446269073,
+            -590.6131132656297,
+            251.95499801316805,
+        ),
+        (
+            *(0.24845648191610187, -1.0666259694771798, 0.6918101003743001),
+            *(14.396459349380113, 0.20049360292162421, -1.984885899932509),
+            *(0.4992264476591859, -0.07279660676959168, 0.3883387288935408),
+        ),
+        (
+            *(0.3736565465282582, -1.5924793281404162, 1.3005508875956768),
+            *(2.127613753109954, 0.6909091891627882, -1.020705210476043),
+            *(0.5528447007616261, -0.5713898755724618, 1.5969375841052686),
+        ),
+    ),
+    normalization="ws8",
+    safety=1.01,
+    lower_bound=1 / 900,
+)
+"""Steps of degree 9, 17 and 17: polar_express(1/900, degrees=(9, 17, 17), safety=1.01, cushion=0).
+A first step of degree 17 has a slope of 28, and bfloat16's eight bits do not survive that: on
+spectra that decay like a power the largest singular value reached 60. This one's is 15."""
+
+AOL = Coefficients(
+    name="aol",
+    rows=(
+        (
+            *(3.843921377931265, -4.194178795321217, 0.6900671936942664),
+            *(14.787075188688256, 0.8209290750970683, -2.0489311455927073),
+            *(0.9900990099009901, -0.464062144396118, 0.6286326407137143),
+        ),
+        (
+            *(0.34285428104089566, -1.4952069540212043, 1.2167514138928162),
+            *(2.7428413634090063, 0.7409302894426258, -1.2477546743407624),
+            *(0.5410811399518429, -0.5451562954349876, 1.539211388028162),
+        ),
+    ),
+    normalization="aol",
+    safety=1.01,
+    lower_bound=1 / 150,
+)
+"""Two steps of degree 17 for AOL-preconditioned input: polar_express(1/150, degrees=(17, 17),
+safety=1.01, cushion=0). Singular values above the lower bound end in [0.86, 1.14]."""
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        KELLER_JORDAN,
+        YOU,
+        POLAR_EXPRESS,
+        AOL_FLASH,
+        AOL,
+        UNBIASED,
+        UNBIASED_BFLOAT16,
+        FAST,
+    )
+}
 
 
 def resolve_coefficients(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from flashns_dist.orthogonalize.coefficients import Coefficients, resolve_coefficients
-from flashns_dist.orthogonalize.methods import check_coefficients, find_method
-from flashns_dist.orthogonalize.restarts import restart_positions
+import torch
 
-_FACTOR_PRODUCTS = {2: 0, 3: 1, 5: 2}
+from flashns_dist.orthogonalize.coefficients import Coefficients, resolve_coefficients
+from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS
+from flashns_dist.orthogonalize.methods import METHODS, check_coefficients, find_method
+from flashns_dist.orthogonalize.restarts import ordered_restarts, restart_positions
+
+AUTO_FAST_ROWS = 256
+"""Matrices with fewer rows are not worth the many small operations of ``"fast"``."""
+
+_FACTOR_PRODUCTS = {2: 0, 3: 1, 5: 2, 9: 3}
 """Symmetric products that ``stages.step_factor`` takes, by the length of a row."""
 
 
@@ -35,29 +41,56 @@ def flop_count(
     chosen = resolve_coefficients(coefficients, find_method(method).default)
     check_coefficients(method, chosen)
     n, m = min(n, m), max(n, m)
-    num_symmetric, num_grams, num_products = _count(method, chosen)
-    return num_symmetric * n**3 + (num_grams + 2 * num_products) * n * n * m
+    num_symmetric, num_runs = _count(method, chosen, n, m)
+    total = num_symmetric * n**3 + num_runs * 3 * n * n * m
+    return total + _deflation_flops(n, m) if method == "fast" else total
 
 
-def choose_method(n: int, m: int, coefficients: Coefficients | str | None = None) -> str:
-    """What ``method="auto"`` means for an ``n x m`` matrix.
+def choose_method(
+    n: int,
+    m: int,
+    coefficients: Coefficients | str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> str:
+    """What ``method="auto"`` means for an ``n x m`` matrix and an iteration in ``dtype``.
 
-    With coefficients for another normalization, the method that they were designed for; otherwise
-    the cheaper of ``"gram"`` and ``"standard"``, which agree in exact arithmetic.
+    With coefficients, the cheapest method that they were designed for. Without, the cheapest of
+    ``"fast"`` (from ``AUTO_FAST_ROWS`` rows on), ``"gram"`` and ``"standard"``, which are all as
+    accurate as ``"gram"`` (see ``docs/numerics.md``). In bfloat16 ``"gram"`` is left out: its
+    largest singular values reach 4 there.
     """
-    default = find_method("gram").default
-    chosen = resolve_coefficients(coefficients, default)
-    if chosen.normalization.startswith("aol"):
-        return "aol"
-    cheaper = flop_count("gram", n, m, chosen) < flop_count("standard", n, m, chosen)
-    return "gram" if cheaper else "standard"
+    if coefficients is None:
+        names = ["standard", "gram"] + ["fast"] * (min(n, m) >= AUTO_FAST_ROWS)
+    else:
+        chosen = resolve_coefficients(coefficients, find_method("gram").default)
+        if chosen.normalization == "ws8":  # Only its own steps are made for deflated matrices.
+            return "fast" if chosen == find_method("fast").default else "unbiased"
+        names = [
+            name for name, each in METHODS.items() if chosen.normalization in each.normalizations
+        ]
+    if dtype == torch.bfloat16 and "gram" in names:
+        names.remove("gram")
+    return min(names, key=lambda name: flop_count(name, n, m, coefficients))
 
 
-def _count(method: str, coefficients: Coefficients) -> tuple[int, int, int]:
-    """Symmetric ``n x n`` products, Gram matrices, and products with ``X``."""
+def _count(method: str, coefficients: Coefficients, n: int, m: int) -> tuple[int, int]:
+    """Symmetric ``n x n`` products, a full one counting twice, and runs without a restart.
+
+    Every run takes a Gram matrix and a product with ``X``.
+    """
     factors = sum(_FACTOR_PRODUCTS[len(row)] for row in coefficients.rows)
     if method == "standard":
-        return factors, coefficients.num_steps, coefficients.num_steps
-    num_runs = len(restart_positions(coefficients)) + 1
-    # Within a run without a restart, each further step updates R (twice) and Q (once).
-    return factors + 3 * (coefficients.num_steps - num_runs), num_runs, num_runs
+        return factors, coefficients.num_steps
+    if method == "gram":
+        num_runs = len(restart_positions(coefficients)) + 1
+        # Within a run, each further step updates R (two half products) and Q (one).
+        return factors + 3 * (coefficients.num_steps - num_runs), num_runs
+    num_runs = len(ordered_restarts(coefficients, n, m, torch.float16)) + 1
+    # Here one of those for R is a full product, and so is the one for Q.
+    return factors + 5 * (coefficients.num_steps - num_runs), num_runs
+
+
+def _deflation_flops(n: int, m: int) -> int:
+    """Four products of ``k n m``, and what works on ``k`` rows only."""
+    k = min(NUM_DIRECTIONS, n)
+    return 8 * k * n * m + 3 * k * k * (n + m)

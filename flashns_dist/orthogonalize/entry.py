@@ -35,9 +35,12 @@ def orthogonalize(
     Args:
         x: ``(..., n, m)``, tall or wide, float16, bfloat16, float32 or float64, any strides and any
             finite scale; not changed. Gradients do not flow through.
-        method: ``"auto"`` (the cheaper of ``"standard"`` and ``"gram"`` for the shape);
-            ``"standard"``: Newton-Schulz on ``X``; ``"gram"``: the same steps on ``X X^T``;
-            ``"aol"``: AOL-preconditioned, four steps, a different result (see ``aol.py``).
+        method: ``"standard"``: Newton-Schulz on ``X``; ``"gram"``: the same steps on ``X X^T``;
+            ``"unbiased"``: three steps of high degree after a tight normalization, the most
+            accurate; ``"fast"``: two such steps after shrinking the dominant singular values;
+            ``"aol"``: AOL-preconditioned, a different result (see ``aol.py``); ``"auto"``: the one
+            with the fewest FLOPs for the shape among the first two and, from 256 rows on,
+            ``"fast"``, which is as accurate.
         coefficients: A ``Coefficients`` object, the name of a preset, or rows ``(a, b, c)`` for the
             normalization of ``method``. Default: the method's own.
         dtype: Of the iteration, any of the four. Default: float16 on an accelerator, whose matrix
@@ -63,13 +66,15 @@ def orthogonalize(
         raise ValueError(f"backend={backend!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
     rows, columns = x.shape[-2:]
     chosen = None if coefficients is None else _coefficients(method, coefficients)
-    name = choose_method(rows, columns, chosen) if method == "auto" else method
+    iteration_dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.float16)
+    name = method
+    if method == "auto":
+        name = choose_method(rows, columns, chosen, iteration_dtype)
     algorithm = find_method(name)
-    chosen = chosen or algorithm.default
+    chosen = chosen or algorithm.default_for(iteration_dtype)
     check_coefficients(name, chosen)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    iteration_dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.float16)
     flat = x.reshape(-1, rows, columns)
     shape = (flat.shape[0], min(rows, columns), max(rows, columns))
     kernels = get_kernels(backend, device=x.device, shape=shape, dtype=iteration_dtype)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.aol import aol
-from flashns_dist.orthogonalize.coefficients import AOL_FLASH, POLAR_EXPRESS, Coefficients
+from flashns_dist.orthogonalize.coefficients import (
+    AOL,
+    FAST,
+    POLAR_EXPRESS,
+    UNBIASED,
+    UNBIASED_BFLOAT16,
+    Coefficients,
+)
 from flashns_dist.orthogonalize.gram import gram
 from flashns_dist.orthogonalize.kernels.interface import Kernels
+from flashns_dist.orthogonalize.spectral import fast, unbiased
 from flashns_dist.orthogonalize.standard import standard
 
 
@@ -36,6 +44,7 @@ class Method:
     Attributes:
         iteration: Carries it out.
         default: Its coefficients when nothing is asked for.
+        bfloat16: Those for iterations in bfloat16, if others.
         normalizations: Which coefficients it accepts.
         biased: Whether it approximates something else than the polar factor of its input.
     """
@@ -43,13 +52,20 @@ class Method:
     iteration: Iteration
     default: Coefficients
     normalizations: tuple[str, ...]
+    bfloat16: Coefficients | None = None
     biased: bool = False
+
+    def default_for(self, dtype: torch.dtype) -> Coefficients:
+        """The default coefficients of an iteration in ``dtype``."""
+        return self.bfloat16 if self.bfloat16 and dtype == torch.bfloat16 else self.default
 
 
 METHODS = {
     "standard": Method(standard, POLAR_EXPRESS, ("frobenius",)),
     "gram": Method(gram, POLAR_EXPRESS, ("frobenius",)),
-    "aol": Method(aol, AOL_FLASH, ("aol", "aol_unguarded"), biased=True),
+    "unbiased": Method(unbiased, UNBIASED, ("ws8",), bfloat16=UNBIASED_BFLOAT16),
+    "fast": Method(fast, FAST, ("ws8",)),
+    "aol": Method(aol, AOL, ("aol", "aol_unguarded"), biased=True),
 }
 
 

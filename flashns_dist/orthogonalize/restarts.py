@@ -14,11 +14,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
+from math import prod
 
 import torch
 
-from flashns_dist.orthogonalize.coefficients import PRESETS, Coefficients, resolve_coefficients
+from flashns_dist.orthogonalize.coefficients import (
+    PRESETS,
+    Coefficients,
+    resolve_coefficients,
+    slope,
+)
+from flashns_dist.orthogonalize.solver import step_multiplier
 
 PERTURBATION = 4e-4
 """How far below zero float16 may push an eigenvalue of a Gram matrix of norm one."""
@@ -49,9 +56,7 @@ def growth(
         if step in restarts:
             sigma = sigma * factor
             eigenvalue, factor = sigma**2 - perturbation, torch.ones_like(sigma)
-        value = torch.zeros_like(eigenvalue)
-        for coefficient in reversed(row):
-            value = value * eigenvalue + coefficient
+        value = step_multiplier(row, eigenvalue)
         factor, eigenvalue = factor * value, eigenvalue * value**2
         size = factor.abs()
         ratio = (size.max() / size.min()).item()
@@ -97,6 +102,49 @@ def restart_positions(
         if num_restarts is None and best_growth <= MAX_GROWTH:
             break
     return best
+
+
+MAX_SLOPE = 160.0
+"""How much ``gram.run_ordered`` may lift tiny singular values without a restart, in float16.
+
+With 131 the largest singular value stays below 1.2 on all adversarial spectra; three steps with
+2000 reach 40."""
+
+
+@lru_cache(maxsize=256)
+def ordered_restarts(
+    coefficients: Coefficients, n: int, m: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Restarts with the fewest FLOPs among those that keep half precision bounded.
+
+    A restart costs ``3 n^2 m``; going on without one, by ``gram.run_ordered``, costs ``5 n^3``.
+    bfloat16 restarts before every step: eight bits do not survive two.
+
+    Args:
+        coefficients: The steps. Its own ``restarts``, if it has any, win.
+        n: Short side.
+        m: Long side.
+        dtype: Of the iteration.
+
+    Returns:
+        Ascending steps (counted from 0) before which to restart.
+    """
+    if coefficients.restarts is not None:
+        return coefficients.restarts
+    places = tuple(range(1, coefficients.num_steps))
+    if dtype == torch.bfloat16:
+        return places
+    counts = range(len(places) + 1)
+    choices = [choice for count in counts for choice in combinations(places, count)]
+    allowed = [choice for choice in choices if _largest_slope(coefficients, choice) <= MAX_SLOPE]
+    saves = 3 * m < 5 * n
+    return min(allowed or [places], key=lambda choice: -len(choice) if saves else len(choice))
+
+
+def _largest_slope(coefficients: Coefficients, restarts: tuple[int, ...]) -> float:
+    """The largest product of the slopes of steps with no restart between them."""
+    runs = pairwise((0, *restarts, coefficients.num_steps))
+    return max(prod(slope(row) for row in coefficients.rows[begin:end]) for begin, end in runs)
 
 
 def _parse_rows(text: str) -> Coefficients:

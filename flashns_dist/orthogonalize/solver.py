@@ -13,22 +13,33 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flashns_dist.orthogonalize.chain import chain_multiplier, chain_row
 from flashns_dist.orthogonalize.coefficients import Coefficients, fold_safety
 
 POLAR_EXPRESS_CUSHION = 0.02407327424182761
 """The cushion with which Polar Express computed its published numbers (with lower_bound=1e-3)."""
 
 
-def odd_polynomial(row: tuple[float, ...], x: Tensor) -> Tensor:
-    """Value of ``row[0] x + row[1] x^3 + ...`` at ``x`` (any shape)."""
-    square, value = x * x, torch.zeros_like(x)
+def step_multiplier(row: tuple[float, ...], y: Tensor) -> Tensor:
+    """``h(y)`` for the step ``x h(x^2)`` that a row stands for, at ``y`` of any shape."""
+    if len(row) == 9:
+        return chain_multiplier(row, y)
+    value = torch.zeros_like(y)
     for coefficient in reversed(row):
-        value = value * square + coefficient
-    return value * x
+        value = value * y + coefficient
+    return value
+
+
+def step_value(row: tuple[float, ...], x: Tensor) -> Tensor:
+    """Value of the odd polynomial that a row stands for, at ``x`` of any shape."""
+    return x * step_multiplier(row, x * x)
 
 
 def minimax_row(lower: float, upper: float, degree: int) -> tuple[float, ...]:
     """The odd polynomial of ``degree`` that is closest to 1 on ``[lower, upper]`` (Remez exchange).
+
+    For degree 17 it is the best of those that three products can evaluate (see ``chain.py``); for
+    the others the row holds the coefficients of ``x``, ``x^3`` and so on.
 
     Raises:
         ValueError: If the interval is not ``0 < lower <= upper`` or the degree is not odd.
@@ -37,6 +48,8 @@ def minimax_row(lower: float, upper: float, degree: int) -> tuple[float, ...]:
         raise ValueError(f"interval [{lower}, {upper}]: needs 0 < lower <= upper.")
     if degree < 3 or degree % 2 == 0:
         raise ValueError(f"degree {degree}: needs an odd number of at least 3.")
+    if degree == 17:
+        return chain_row(lower, upper)
     num_terms = (degree + 1) // 2
     if (1 - lower / upper) ** num_terms < 1e-10:  # Too narrow for Remez in float64, and its limit
         return _taylor_row(upper, degree)  # is as good: the error is of that order.
@@ -104,13 +117,15 @@ def composition(
     for degree in degrees:
         row = minimax_row(max(low, cushion * high), high, degree)
         if cushion * high > low:  # Centre the image of the whole interval on one.
-            ends = odd_polynomial(row, torch.tensor([low, high], dtype=torch.float64))
+            if degree == 17:
+                raise ValueError("a cushion is not offered for degree 17: set cushion=0.")
+            ends = step_value(row, torch.tensor([low, high], dtype=torch.float64))
             row = tuple(value * 2.0 / ends.sum().item() for value in row)
         grid = torch.linspace(math.log(low), math.log(high), 20001, dtype=torch.float64).exp()
-        grid = torch.cat(
-            [grid, _interior_extrema(torch.tensor(row, dtype=torch.float64), low, high)]
-        )
-        image = odd_polynomial(row, grid)
+        if degree != 17:  # Where rounding the grid would show: converged steps.
+            extrema = _interior_extrema(torch.tensor(row, dtype=torch.float64), low, high)
+            grid = torch.cat([grid, extrema])
+        image = step_value(row, grid)
         rows.append(row)
         low, high = image.min().item(), image.max().item()
     return tuple(rows), (low, high)
@@ -134,7 +149,7 @@ def polar_express(
         safety: Folded into every row: ``p(x / safety)``, so that singular values up to ``safety``
             stay bounded.
         cushion: See ``composition``.
-        degrees: Degree of each step, of 3, 5 and 9.
+        degrees: Degree of each step, of 3, 5, 9 and 17; 17 needs ``cushion=0``.
         normalization: Recorded in the result.
 
     Returns:
@@ -146,8 +161,8 @@ def polar_express(
     if not 0.0 < lower_bound < 1.0:
         raise ValueError(f"lower_bound={lower_bound}: needs a number between 0 and 1.")
     degrees = (5,) * num_steps if degrees is None else tuple(degrees)
-    if not degrees or not set(degrees) <= {3, 5, 9}:
-        raise ValueError(f"degrees={degrees}: needs one or more of 3, 5 and 9.")
+    if not degrees or not set(degrees) <= {3, 5, 9, 17}:
+        raise ValueError(f"degrees={degrees}: needs one or more of 3, 5, 9 and 17.")
     rows, _ = composition(lower_bound, degrees, cushion=cushion)
     steps = "-".join(str(degree) for degree in degrees)
     return Coefficients(

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from flashns_dist.orthogonalize.coefficients import slope
+from flashns_dist.orthogonalize.kernels.combine import combine
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+
+
+@dataclass(frozen=True)
+class Square:
+    """The square of a Gram matrix that a bound has computed already: ``gram^2 = scale * matrix``.
+
+    Attributes:
+        matrix: ``(batch, n, n)``.
+        scale: ``(batch,)`` fp32.
+    """
+
+    matrix: Tensor
+    scale: Tensor
 
 
 def step_factor(
@@ -14,34 +30,52 @@ def step_factor(
     gram: Tensor,  # (8, 1024, 1024)
     row: tuple[float, ...],
     scale: Scalar = 1.0,
+    square: Square | None = None,
 ) -> Tensor:
     """``Z = h(R) - a I`` for ``R = scale * gram``, where a step maps ``X`` to ``h(R) X``.
 
-    ``a`` is ``row[0]``. It stays apart because ``Z`` is small in the directions of small singular
-    values, and there ``a I + Z`` would lose what half precision could keep.
+    ``a = h(0)`` is ``slope(row)``. It stays apart because ``Z`` is small in the directions of small
+    singular values, and there ``a I + Z`` would lose what half precision could keep.
 
     Args:
         kernels: The backend.
         gram: ``(batch, n, n)``, symmetric.
-        row: ``(a, b)``, ``(a, b, c)`` or ``(a, b, c, d, e)``: degree 3, 5 or 9. Costs none, one or
-            two symmetric products; degree 9 completes the square,
-            ``h(R) = e Y^2 + q R + const`` with ``Y = R^2 + p R + g I``.
+        row: A row of ``Coefficients``: degree 3, 5, 9 or 17, at a cost of none, one, two or three
+            symmetric products. Degree 9 completes the square, ``h(R) = e Y^2 + q R + const`` with
+            ``Y = R^2 + p R + g I``.
         scale: Per-matrix factor, folded into the products.
+        square: If given, the first product becomes one pass over ``gram`` and this.
 
     Returns:
         ``(batch, n, n)``, symmetric, in the dtype of ``gram``.
     """
+
+    def squared(matrix: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+        """``alpha T^2 + beta R + gamma I`` for ``T = R`` if ``matrix`` is ``gram``."""
+        if matrix is not gram:
+            return kernels.symmetric(
+                matrix, matrix, alpha=alpha, c=gram, beta=beta * scale, gamma=gamma
+            )
+        weight = alpha * scale * scale
+        if square is not None:
+            return combine(
+                square.matrix, gram, alpha=weight * square.scale, beta=beta * scale, gamma=gamma
+            )
+        return kernels.symmetric(gram, gram, alpha=weight, c=gram, beta=beta * scale, gamma=gamma)
+
     if len(row) == 2:
         return scaled(gram, row[1] * scale)
     if len(row) == 3:
-        _, b, c = row
-        return kernels.symmetric(gram, gram, alpha=c * scale * scale, c=gram, beta=b * scale)
-    _, b, c, d, e = row
-    p = d / (2 * e)
-    g = (c / e - p * p) / 2
-    q = b - 2 * e * p * g
-    y = kernels.symmetric(gram, gram, alpha=scale * scale, c=gram, beta=p * scale, gamma=g)
-    return kernels.symmetric(y, y, alpha=e, c=gram, beta=q * scale, gamma=-e * g * g)
+        return squared(gram, row[2], row[1], 0.0)
+    if len(row) == 5:
+        _, b, c, d, e = row
+        p = d / (2 * e)
+        g = (c / e - p * p) / 2
+        y = squared(gram, 1.0, p, g)
+        return squared(y, e, b - 2 * e * p * g, -e * g * g)
+    value = squared(gram, *row[0:3])
+    value = squared(value, *row[3:6])
+    return squared(value, row[6], row[7], row[8] - slope(row))
 
 
 def scaled(matrix: Tensor, factor: Scalar) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.coefficients import Coefficients
+from flashns_dist.orthogonalize.coefficients import Coefficients, slope
 from flashns_dist.orthogonalize.kernels.interface import Kernels
 from flashns_dist.orthogonalize.stages import entry_scale, step_factor
 
@@ -45,7 +45,7 @@ def standard(
             current,
             alpha=weight,
             c=current,
-            beta=row[0] * weight,
+            beta=slope(row) * weight,
             transpose=transpose and last,
             dtype=x.dtype if last else dtype,
         )

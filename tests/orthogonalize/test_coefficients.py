@@ -1,5 +1,6 @@
 """Coefficient objects, the minimax solver, restart positions and FLOP counts."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -9,17 +10,25 @@ import torch
 
 from flashns_dist.orthogonalize import (
     AOL_FLASH,
+    FAST,
     KELLER_JORDAN,
     POLAR_EXPRESS,
     PRESETS,
+    UNBIASED,
     YOU,
     Coefficients,
     choose_method,
     flop_count,
     polar_express,
 )
-from flashns_dist.orthogonalize.restarts import growth, main, restart_positions
-from flashns_dist.orthogonalize.solver import composition, minimax_row, odd_polynomial
+from flashns_dist.orthogonalize.coefficients import slope
+from flashns_dist.orthogonalize.restarts import (
+    growth,
+    main,
+    ordered_restarts,
+    restart_positions,
+)
+from flashns_dist.orthogonalize.solver import composition, minimax_row, step_value
 
 
 def test_presets_are_hashable_picklable_and_found_by_name():
@@ -77,12 +86,45 @@ def test_the_solver_reproduces_the_polar_express_preset():
     assert difference < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("preset", "degrees"),
+    [
+        ("fast", (17, 17)),
+        ("unbiased", (17, 17, 9)),
+        ("unbiased_bfloat16", (9, 17, 17)),
+        ("aol", (17, 17)),
+    ],
+)
+def test_the_solver_reproduces_the_high_degree_presets(preset, degrees):
+    expected = PRESETS[preset]
+    found = polar_express(
+        expected.lower_bound, degrees=degrees, safety=expected.safety, cushion=0.0
+    )
+    rows = zip(found.rows, expected.rows, strict=True)
+    difference = max(abs(a / b - 1) for one, two in rows for a, b in zip(one, two, strict=True))
+    assert difference < 1e-6
+
+
+@pytest.mark.parametrize("lower", [1 / 950, 1 / 120, 1 / 30, 1 / 10, 1 / 6])
+def test_a_chain_of_three_squarings_equioscillates(lower):
+    row = minimax_row(lower, 1.0, 17)
+    x = torch.linspace(math.log(lower), 0, 100001, dtype=torch.float64).exp()
+    error = step_value(row, x) - 1
+    # Seven parameters and the error itself: eight extrema of the same size, ends included.
+    places = ((error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) <= 0).nonzero().flatten() + 1
+    extrema = torch.cat([error[:1], error[places], error[-1:]]).abs()
+    assert int((extrema > 0.999 * error.abs().max()).sum()) == 8
+    # Better than degree 9, with one product more, and no better than degree 17 can be.
+    assert error.abs().max() < (step_value(minimax_row(lower, 1.0, 9), x) - 1).abs().max()
+    assert 0 < slope(row) == pytest.approx((step_value(row, x[:1] * 1e-6) / x[:1] / 1e-6).item())
+
+
 @pytest.mark.parametrize("degree", [3, 5, 9])
 @pytest.mark.parametrize("lower", [0.01, 0.3, 0.9, 0.99, 0.9999])
 def test_a_minimax_row_equioscillates(degree, lower):
     row = minimax_row(lower, 1.0, degree)
     x = torch.linspace(lower, 1, 100001, dtype=torch.float64)
-    error = odd_polynomial(row, x) - 1
+    error = step_value(row, x) - 1
     largest = error.abs().max()
     # By Chebyshev's theorem the best polynomial of k terms attains its error k + 1 times, with
     # alternating signs. Below 1e-10 float64 cannot show it.
@@ -97,7 +139,7 @@ def test_a_composition_maps_its_interval_into_its_band():
         rows, (low, high) = composition(1e-2, degrees)
         x = torch.logspace(-2, 0, 5001, dtype=torch.float64)
         for row in rows:
-            x = odd_polynomial(row, x)
+            x = step_value(row, x)
         assert low - 1e-9 <= x.min()
         assert x.max() <= high + 1e-9
     assert high - low < 1e-6  # Eight quintics converge.
@@ -105,7 +147,14 @@ def test_a_composition_maps_its_interval_into_its_band():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"lower_bound": 0.0}, {"lower_bound": 1.0}, {"num_steps": 0}, {"degrees": (5, 4)}],
+    [
+        {"lower_bound": 0.0},
+        {"lower_bound": 1.0},
+        {"num_steps": 0},
+        {"degrees": (5, 4)},
+        {"degrees": (17, 17)},  # With the default cushion.
+        {"degrees": (17, 17), "lower_bound": 0.5, "cushion": 0.0},
+    ],
 )
 def test_the_solver_refuses_what_it_cannot_solve(arguments):
     with pytest.raises(ValueError):
@@ -134,6 +183,17 @@ def test_the_restarts_of_the_coefficients_win():
     assert restart_positions(Coefficients("one", ((1.5, -0.5),))) == ()
 
 
+def test_ordered_restarts_follow_cost_and_precision():
+    half, brain = torch.float16, torch.bfloat16
+    assert ordered_restarts(FAST, 100, 100, half) == (1,)
+    assert ordered_restarts(FAST, 100, 200, half) == ()
+    assert ordered_restarts(FAST, 100, 200, brain) == (1,)
+    assert ordered_restarts(UNBIASED, 100, 100, half) == (1, 2)
+    assert len(ordered_restarts(UNBIASED, 100, 800, half)) == 1
+    fixed = Coefficients("fixed", FAST.rows, normalization="ws8", restarts=())
+    assert ordered_restarts(fixed, 100, 100, brain) == ()
+
+
 def test_too_many_restarts_are_refused():
     with pytest.raises(ValueError, match="num_restarts=5"):
         restart_positions(POLAR_EXPRESS, 5)
@@ -153,8 +213,13 @@ def test_flop_counts_are_those_of_the_formulas():
     for rows, columns in ((n, m), (m, n)):
         assert flop_count("gram", rows, columns) == 14 * n**3 + 6 * n**2 * m
         assert flop_count("standard", rows, columns) == 5 * (n**3 + 3 * n**2 * m)
-        assert flop_count("aol", rows, columns, AOL_FLASH) == 10 * n**3 + 6 * n**2 * m
+        assert flop_count("aol", rows, columns, AOL_FLASH) == 19 * n**3 + 3 * n**2 * m
+        assert flop_count("unbiased", rows, columns) == 13 * n**3 + 6 * n**2 * m
+        deflation = 8 * 64 * n * m + 3 * 64**2 * (n + m)
+        assert flop_count("fast", rows, columns) == 11 * n**3 + 3 * n**2 * m + deflation
     assert flop_count("standard", n, n) == 20 * n**3
+    assert flop_count("unbiased", n, n) == 8 * n**3 + 9 * n**3
+    assert flop_count("fast", 4096, 4096) < 0.61 * flop_count("gram", 4096, 4096)
 
 
 def test_auto_takes_the_cheaper_method():
@@ -163,4 +228,9 @@ def test_auto_takes_the_cheaper_method():
         assert flop_count("auto", n, m) == min(costs.values())
     assert choose_method(64, 64) == "standard"
     assert choose_method(64, 128) == "gram"
+    assert choose_method(255, 4096) == "gram"
+    assert choose_method(256, 256) == "fast"
+    assert choose_method(256, 256, POLAR_EXPRESS) == "standard"
     assert choose_method(64, 128, AOL_FLASH) == "aol"
+    assert choose_method(64, 128, FAST) == "fast"
+    assert choose_method(64, 128, UNBIASED) == "unbiased"

@@ -1,0 +1,37 @@
+"""Passes over matrices in Gram space that are not products.
+
+A backend may offer a fused ``combine`` as a method; these are what runs otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Scalar
+
+
+def combine(a: Tensor, b: Tensor, *, alpha: Scalar, beta: Scalar, gamma: Scalar = 0.0) -> Tensor:
+    """``alpha * a + beta * b + gamma * I``, computed in fp32 at least and rounded once.
+
+    Args:
+        a: ``(batch, n, n)``.
+        b: The same shape and dtype.
+        alpha: A number, or ``(batch,)`` fp32.
+        beta: The same.
+        gamma: The same.
+
+    Returns:
+        ``(batch, n, n)`` in the dtype of ``a``; symmetric if ``a`` and ``b`` are.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    result = a.to(wide) * _column(alpha)
+    result += b * _column(beta)
+    if isinstance(gamma, Tensor) or gamma != 0.0:
+        diagonal = result.diagonal(dim1=-2, dim2=-1)
+        diagonal += gamma[:, None] if isinstance(gamma, Tensor) else gamma
+    return result.to(a.dtype)
+
+
+def _column(scalar: Scalar) -> Scalar:
+    return scalar[:, None, None] if isinstance(scalar, Tensor) else scalar

@@ -1,0 +1,108 @@
+"""The spectral bound and the shrinking of dominant singular values, against float64."""
+
+import pytest
+import torch
+
+from flashns_dist.orthogonalize.bound import spectral_bound
+from flashns_dist.orthogonalize.deflation import MARGIN, SHRINK_ROW, deflate, shrink_weights
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.solver import minimax_row, step_multiplier, step_value
+from flashns_dist.testing.spectra import adversarial, spectra
+
+KERNELS = TorchKernels()
+
+
+def suites(n, aspect):
+    return spectra(n, aspect) | adversarial(n, aspect)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("aspect", [1, 4])
+def test_the_bound_is_above_the_largest_eigenvalue_and_below_the_trace(dtype, aspect):
+    for name, x in suites(96, aspect).items():
+        gram = (x @ x.T) * (96 / x.square().sum())
+        largest = torch.linalg.eigvalsh(gram.to(dtype).double())[-1]
+        bound, square = spectral_bound(KERNELS, gram.to(dtype)[None])
+        # The variance of equal eigenvalues is a difference of equal terms.
+        assert bound.item() >= largest * (1 - max(torch.finfo(dtype).eps, 1e-7)), name
+        assert bound.item() <= 96 * (1 + 1e-3), name
+        exact = gram @ gram
+        error = square.matrix[0].double() * square.scale.item() - exact
+        assert error.abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max(), name
+
+
+def test_the_bound_is_tight_where_theory_says_so():
+    one = torch.zeros(1, 50, 50, dtype=torch.float64)
+    one[0, 0, 0] = 7.0
+    assert spectral_bound(KERNELS, one)[0].item() == pytest.approx(7.0)
+    equal = 3 * torch.eye(50, dtype=torch.float64)[None]
+    assert spectral_bound(KERNELS, equal)[0].item() == pytest.approx(3.0, rel=1e-6)
+    x = spectra(256, 1)["gaussian"]
+    gram = x @ x.T
+    slack = spectral_bound(KERNELS, gram[None])[0].item() / torch.linalg.eigvalsh(gram)[-1]
+    assert slack**0.5 < 1.5
+    assert (gram.trace() / torch.linalg.eigvalsh(gram)[-1]) ** 0.5 > 7
+
+
+def test_a_zero_matrix_has_a_harmless_bound():
+    bound, square = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
+    assert torch.equal(bound, torch.ones(2))
+    assert torch.equal(square.matrix, torch.zeros(2, 4, 4))
+
+
+def test_shrink_weights_are_those_of_the_polynomial():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    weights = shrink_weights(((basis * values) @ basis.T)[None])[0]
+    ratio = step_multiplier(SHRINK_ROW, values) / step_multiplier(SHRINK_ROW, 0 * values)
+    assert torch.allclose(basis.T @ weights @ basis, ((1 - ratio) / values).diag(), atol=1e-9)
+
+
+def test_shrinking_keeps_every_singular_value_positive_and_small():
+    assert minimax_row(1 / 60, 1.0, 17) == pytest.approx(SHRINK_ROW, rel=1e-9)
+    x = torch.linspace(0, 1, 10001, dtype=torch.float64)
+    slope = step_multiplier(SHRINK_ROW, torch.zeros(1, dtype=torch.float64)).item()
+    shrunk = step_value(SHRINK_ROW, x) / slope
+    assert (shrunk[1:] > 0).all()
+    assert shrunk.max() < 0.0751
+    assert (shrunk <= x).all()
+
+
+@pytest.mark.parametrize("aspect", [1, 4])
+def test_deflation_bounds_the_norm_and_keeps_the_polar_factor(aspect):
+    n = 128
+    for name, x in suites(n, aspect).items():
+        size = (n * n * aspect) ** 0.5
+        x = x * (size / x.norm())
+        result = deflate(KERNELS, x[None], size)[0]
+        left, values, right = torch.linalg.svd(x)
+        shrunk = torch.linalg.svdvals(result)
+        assert (shrunk <= values + 1e-9 * values[0]).all(), name
+        # 65 singular values above a norm cannot each exceed an eighth of it.
+        assert shrunk[0] < size / 6, name
+        # S = U (I - E) U^T would leave nothing outside the diagonal.
+        keep = int((values > 1e-3 * values[0]).sum())
+        core = left[:, :keep].T @ result @ right[:keep].T
+        other_left, _, other_right = torch.linalg.svd(core)
+        polar = other_left @ other_right
+        error = (polar - torch.eye(keep)).norm() / keep**0.5
+        assert error < 0.05, name
+
+
+def test_deflation_leaves_a_flat_spectrum_nearly_alone():
+    x = spectra(256, 4)["gaussian"]
+    size = (256 * 1024) ** 0.5
+    x = x * (size / x.norm())
+    result = deflate(KERNELS, x[None], size)[0]
+    ratio = torch.linalg.svdvals(result)[-1] / torch.linalg.svdvals(x)[-1]
+    assert 0.7 < ratio <= 1.0
+
+
+def test_the_margin_covers_the_basis():
+    for name, x in suites(128, 1).items():
+        x = x * (128.0 / x.norm())
+        # The worst that the basis can do is on the matrix itself: A^T A <= MARGIN ||X||^2.
+        result = deflate(KERNELS, x.half()[None], 128.0)[0]
+        assert torch.isfinite(result).all(), name
+        assert result.float().norm() <= 128.0 * (1 + 1e-3), name
+    assert MARGIN > 1.08**2

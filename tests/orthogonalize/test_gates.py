@@ -1,0 +1,95 @@
+"""The accuracy gates that a method must pass to be taken by default, in half precision.
+
+On the CPU the torch backend multiplies in fp32 and rounds each product once, as tensor cores do.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from flashns_dist.orthogonalize import METHODS, orthogonalize
+from flashns_dist.testing.spectra import (
+    adversarial,
+    largest_singular_value,
+    orthogonality_error,
+    polar_factor,
+    spectra,
+)
+
+MAX_SIGMA = 1.25
+MAX_RATIO = 1.02
+SMALL_ERROR = 0.115
+
+
+@cache
+def gram_errors(n, aspect):
+    """``name -> (matrix, exact polar factor, error of method="gram")`` over both suites."""
+    suite = spectra(n, aspect) | adversarial(n, aspect)
+    cases = {}
+    for name, x in suite.items():
+        exact = polar_factor(x)
+        result = orthogonalize(x.float(), method="gram", dtype=torch.float16)
+        cases[name] = x.float(), exact, orthogonality_error(result, exact)
+    return cases
+
+
+@pytest.mark.parametrize(("n", "aspect"), [(128, 1), (128, 3), (128, 8), (256, 1), (256, 2)])
+@pytest.mark.parametrize("method", ["fast", "unbiased", "auto"])
+def test_float16_passes_the_gates(method, n, aspect):
+    if method == "auto" and n < 256:
+        pytest.skip("auto is gram or standard here, the yardstick itself")
+    for name, (x, exact, reference) in gram_errors(n, aspect).items():
+        result = orthogonalize(x, method=method, dtype=torch.float16)
+        assert largest_singular_value(result) <= MAX_SIGMA, name
+        assert orthogonality_error(result, exact) <= max(MAX_RATIO * reference, SMALL_ERROR), name
+
+
+@pytest.mark.parametrize("method", ["fast", "unbiased"])
+def test_the_mean_error_is_below_that_of_gram(method):
+    for n, aspect in ((128, 1), (256, 2)):
+        cases = gram_errors(n, aspect)
+        mine = sum(
+            orthogonality_error(orthogonalize(x, method=method, dtype=torch.float16), exact)
+            for x, exact, _ in cases.values()
+        )
+        assert mine < sum(reference for _, _, reference in cases.values())
+
+
+@pytest.mark.parametrize("method", ["fast", "unbiased"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_precisions_stay_bounded(method, dtype):
+    for aspect in (1, 3):
+        for name, (x, exact, reference) in gram_errors(128, aspect).items():
+            result = orthogonalize(x, method=method, dtype=dtype)
+            assert largest_singular_value(result) <= MAX_SIGMA, name
+            # Eight bits cost a little on spectra with a long tail.
+            slack = 1.1 if dtype == torch.bfloat16 else MAX_RATIO
+            assert orthogonality_error(result, exact) <= max(slack * reference, 0.13), name
+
+
+@pytest.mark.parametrize("method", ["fast", "unbiased"])
+def test_the_gates_would_notice_a_missing_restart(method):
+    """The same steps with all restarts left out, in bfloat16: the suites must show it."""
+    broken = replace(METHODS[method].default, restarts=())
+    worst = max(
+        largest_singular_value(
+            orthogonalize(x, method=method, coefficients=broken, dtype=torch.bfloat16)
+        )
+        for x, _, _ in gram_errors(128, 1).values()
+    )
+    assert worst > MAX_SIGMA
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 33, 64, 65])
+@pytest.mark.parametrize("method", ["fast", "unbiased"])
+def test_small_matrices_are_orthogonalized_too(method, n):
+    for m in (n, 3 * n):
+        x = torch.randn(n, m, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        exact = polar_factor(x)
+        for dtype in (torch.float16, torch.float64):
+            result = orthogonalize(x, method=method, dtype=dtype)
+            reference = orthogonalize(x, method="gram", dtype=torch.float64)
+            allowed = max(MAX_RATIO * orthogonality_error(reference, exact), SMALL_ERROR)
+            assert orthogonality_error(result, exact) <= allowed, (m, dtype)
