@@ -180,6 +180,21 @@ def test_column_scale_is_rounded_into_the_first_factor():
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_combine_is_rounded_once(each):
+    kernels = TritonKernels()
+    a = random(3, 40, 40, dtype=torch.float16)
+    b = random(3, 40, 40, seed=1, dtype=torch.float16).mT
+    scalars = [torch.tensor([s, -s, 2 * s], device=DEVICE) if each else s for s in (0.3, 0.7, 5.0)]
+    result = kernels.combine(a, b, alpha=scalars[0], beta=scalars[1], gamma=scalars[2])
+    x, y, z = (s.double()[:, None, None] if each else s for s in scalars)
+    exact = x * a.double() + y * b.double() + z * torch.eye(40, device=DEVICE)
+    assert_as_good(result, exact.half(), exact)
+    compiled = torch.compile(kernels.combine, fullgraph=True, backend="aot_eager")
+    again = compiled(a, b, alpha=scalars[0], beta=scalars[1], gamma=scalars[2])
+    assert torch.equal(again, result)
+
+
 def test_the_upper_triangle_of_c_is_not_read():
     kernels = TritonKernels(config=TILES)
     a = kernels.gram(random(1, 40, 40, dtype=torch.float16) / 8)

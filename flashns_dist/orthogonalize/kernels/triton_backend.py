@@ -32,6 +32,7 @@ from flashns_dist.orthogonalize.kernels.triton_launch import (
 from flashns_dist.orthogonalize.kernels.triton_passes import (
     device_facts,
     has_tensor_cores,
+    launch_combine,
     launch_gram_space,
     launch_normalize,
     scale_columns,
@@ -207,6 +208,32 @@ class TritonKernels:
         else:
             with _on_device_of(a):
                 self._product(a, x, c, column_scale, (alpha, beta), transpose, out)
+        return out
+
+    def combine(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        alpha: Scalar = 1.0,
+        beta: Scalar = 1.0,
+        gamma: Scalar = 0.0,
+    ) -> Tensor:
+        """``alpha * a + beta * b + gamma * I`` for ``(batch, n, n)``, in one pass.
+
+        In fp32 and rounded once to the dtype of ``a``. An optional extra of this backend.
+        """
+        _check_dtype("combine", a.dtype)
+        a, b = a.contiguous(), b.contiguous()
+        out = torch.empty_like(a)
+        if out.numel() == 0:
+            return out
+        if torch.compiler.is_compiling():
+            numbers, tensors = _split((alpha, beta, gamma))
+            torch.ops.flashns_dist.combine(a, b, numbers, tensors, out)
+        else:
+            with _on_device_of(a):
+                launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
         return out
 
     def supports_gram_space(self, n: int, dtype: torch.dtype) -> bool:
@@ -481,9 +508,22 @@ def _gram_space_op(
         launch_gram_space(x, steps, alpha, scale, out)
 
 
+@torch.library.custom_op("flashns_dist::combine", mutates_args=("out",))
+def _combine_op(
+    a: Tensor,
+    b: Tensor,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+) -> None:
+    alpha, beta, gamma = _join(numbers, tensors)
+    with _on_device_of(a):
+        launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
+
+
 def _fake(*_: object) -> None:
     """Nothing to describe: every operator writes into tensors that exist."""
 
 
-for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op):
+for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op, _combine_op):
     _operator.register_fake(_fake)

@@ -23,7 +23,7 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     argument,
     key_and_values,
 )
-from flashns_dist.orthogonalize.kernels.triton_product import scale_columns_kernel
+from flashns_dist.orthogonalize.kernels.triton_product import combine_kernel, scale_columns_kernel
 from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
 
 # A matrix of at most this many (padded) entries is normalized by one program in one pass.
@@ -152,3 +152,19 @@ def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
 
     _run(launch, (a, factors, out), (), "scale_columns", a.shape)
     return out
+
+
+def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], out: Tensor) -> None:
+    """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous."""
+    batch, n, _ = a.shape
+
+    def launch() -> Launch:
+        each = [isinstance(scalar, Tensor) for scalar in scalars]
+        return Launch(
+            combine_kernel, (-(-n // 128), -(-n // 32), batch), (a, b, out, *scalars), (n,),
+            {"ALPHA_EACH": each[0], "BETA_EACH": each[1], "GAMMA_EACH": each[2],
+             "BLOCK_N": 32, "BLOCK_M": 128},
+            {"num_warps": 4},
+        )  # fmt: skip
+
+    _run(launch, (a, b, out), scalars, "combine", a.shape)

@@ -109,3 +109,32 @@ def scale_columns_kernel(
     result = values.to(tl.float32) * factors[None, :]
     target = out + batch * n * n + r[:, None].to(tl.int64) * n + s[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def combine_kernel(
+    a,  # (batch, n, n) contiguous, as b and out
+    b,
+    out,
+    alpha,  # fp32, or pointer to one per matrix
+    beta,
+    gamma,
+    n,
+    ALPHA_EACH: tl.constexpr,
+    BETA_EACH: tl.constexpr,
+    GAMMA_EACH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """``alpha * a + beta * b + gamma * I``, in fp32 and rounded once."""
+    batch = tl.program_id(2).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (r[:, None] < n) & (s[None, :] < n)
+    offsets = batch * n * n + r[:, None].to(tl.int64) * n + s[None, :]
+    first = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
+    result = first * scalar(alpha, batch, ALPHA_EACH) + second * scalar(beta, batch, BETA_EACH)
+    diagonal = r[:, None] == s[None, :]
+    result = tl.where(diagonal, result + scalar(gamma, batch, GAMMA_EACH), result)
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
