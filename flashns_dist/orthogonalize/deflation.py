@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import slope
-from flashns_dist.orthogonalize.gram import run_steps
+from flashns_dist.orthogonalize.gram import gram_steps
 from flashns_dist.orthogonalize.kernels.interface import Kernels
 
 NUM_DIRECTIONS = 64
@@ -133,8 +133,7 @@ def _orthonormal(
     norm = torch.linalg.vector_norm(sketch, dim=(-2, -1))
     inverse = 1 / torch.where(norm == 0, 1, norm)
     k, m = sketch.shape[-2:]
-    inner = kernels.gram(sketch, alpha=k * inverse * inverse)
-    factor, _ = run_steps(kernels, inner, BASIS_ROWS, 1 / k)
+    factor, _ = gram_steps(kernels, sketch, BASIS_ROWS, alpha=k * inverse * inverse, scale=1 / k)
     return kernels.product(factor, sketch, alpha=math.sqrt(m) * inverse)
 
 

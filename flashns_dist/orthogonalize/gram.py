@@ -48,9 +48,12 @@ def gram(
     for begin, end in pairwise(bounds):
         first, last = begin == 0, end == coefficients.num_steps
         # X and its Gram matrix are stored larger than they are at first, away from underflow.
-        matrix = kernels.gram(current, alpha=n / size**2 if first else 1.0)
-        factor, shift = run_steps(
-            kernels, matrix, coefficients.rows[begin:end], 1.0 / n if first else 1.0
+        factor, shift = gram_steps(
+            kernels,
+            current,
+            coefficients.rows[begin:end],
+            alpha=n / size**2 if first else 1.0,
+            scale=1.0 / n if first else 1.0,
         )
         weight = 1.0 / size if first else 1.0
         current = kernels.product(
@@ -63,6 +66,28 @@ def gram(
             dtype=x.dtype if last else dtype,
         )
     return current
+
+
+def gram_steps(
+    kernels: Kernels,
+    x: Tensor,  # (8, 64, 4096)
+    rows: tuple[tuple[float, ...], ...],
+    *,
+    alpha: Scalar = 1.0,
+    scale: Scalar = 1.0,
+) -> tuple[Tensor, float]:
+    """``run_steps`` for the Gram matrix ``alpha * x x^T``, in one kernel where a backend has it.
+
+    The arguments and the result are those of ``run_steps``.
+    """
+    supported = getattr(kernels, "supports_gram_space", None)
+    few_terms = all(len(row) in (2, 3, 5) for row in rows)
+    if supported is not None and few_terms and supported(x.shape[-2], x.dtype):
+        fused: tuple[Tensor, float] = getattr(kernels, "gram_space")(  # noqa: B009
+            x, rows, alpha=alpha, scale=scale
+        )
+        return fused
+    return run_steps(kernels, kernels.gram(x, alpha=alpha), rows, scale)
 
 
 def run_steps(

@@ -59,7 +59,12 @@ def step_factor(
         weight = alpha * scale * scale
         if square is not None:
             return combine(
-                square.matrix, gram, alpha=weight * square.scale, beta=beta * scale, gamma=gamma
+                kernels,
+                square.matrix,
+                gram,
+                alpha=weight * square.scale,
+                beta=beta * scale,
+                gamma=gamma,
             )
         return kernels.symmetric(gram, gram, alpha=weight, c=gram, beta=beta * scale, gamma=gamma)
 

@@ -1,20 +1,27 @@
-"""Passes over matrices in Gram space that are not products.
-
-A backend may offer a fused ``combine`` as a method; these are what runs otherwise.
-"""
+"""Linear combinations of matrices in Gram space: a pass over memory, not a product."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
 
 
-def combine(a: Tensor, b: Tensor, *, alpha: Scalar, beta: Scalar, gamma: Scalar = 0.0) -> Tensor:
+def combine(
+    kernels: Kernels,
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: Scalar,
+    beta: Scalar,
+    gamma: Scalar = 0.0,
+) -> Tensor:
     """``alpha * a + beta * b + gamma * I``, computed in fp32 at least and rounded once.
 
     Args:
+        kernels: A backend. If it has a method ``combine`` with the other arguments, that runs;
+            otherwise torch operations, which read and write about four times as much.
         a: ``(batch, n, n)``.
         b: The same shape and dtype.
         alpha: A number, or ``(batch,)`` fp32.
@@ -24,6 +31,10 @@ def combine(a: Tensor, b: Tensor, *, alpha: Scalar, beta: Scalar, gamma: Scalar 
     Returns:
         ``(batch, n, n)`` in the dtype of ``a``; symmetric if ``a`` and ``b`` are.
     """
+    fused = getattr(kernels, "combine", None)
+    if fused is not None:
+        result: Tensor = fused(a, b, alpha=alpha, beta=beta, gamma=gamma)
+        return result
     wide = torch.promote_types(a.dtype, torch.float32)
     result = a.to(wide) * _column(alpha)
     result += b * _column(beta)
