@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import pytest
@@ -24,6 +24,7 @@ from flashns_dist.layout import (
     replicated_layout,
 )
 from flashns_dist.plan import Matrix, Plan, make_plan
+from flashns_dist.plan.traffic import Traffic
 from flashns_dist.testing.pool import RankPool, rank_device
 
 
@@ -39,7 +40,9 @@ def factorized(size: int, rng: random.Random) -> tuple[int, ...]:
 
 def random_layout(shape: tuple[int, ...], size: int, rng: random.Random) -> Layout:
     """Placements on some mesh, flat ranges (with replicas), or a copy on every rank."""
-    kind = rng.choice(["placements", "placements", "flat", "flat", "replicated"])
+    kind = rng.choice(["placements", "placements", "flat", "flat", "scattered", "replicated"])
+    if kind == "scattered":
+        return scattered_layout(shape, size, rng)
     if kind == "replicated":
         return replicated_layout(shape, size)
     if kind == "placements":
@@ -59,6 +62,22 @@ def random_layout(shape: tuple[int, ...], size: int, rng: random.Random) -> Layo
     by_rank = [ranges[rank % num_shards] for rank in range(size)]
     if rng.random() < 0.5:  # replicas next to one another instead
         by_rank = [ranges[rank // num_replicas] for rank in range(size)]
+    return flat_layout(shape, tuple(by_rank))
+
+
+def scattered_layout(shape: tuple[int, ...], size: int, rng: random.Random) -> Layout:
+    """Flat ranges that any ranks store, each in its own order and some more often than others."""
+    numel = prod(shape)
+    cuts = [0, *sorted(rng.randint(0, numel) for _ in range(rng.randint(0, 5))), numel]
+    held: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for a, b in pairwise(cuts):
+        for rank in rng.sample(range(size), rng.randint(1, size)) if a < b else ():
+            held[rank].append((a, b))
+    by_rank = []
+    for ranges in held:
+        rng.shuffle(ranges)
+        starts = accumulate((b - a for a, b in ranges), initial=0)
+        by_rank.append(tuple((a, b, start) for (a, b), start in zip(ranges, starts, strict=False)))
     return flat_layout(shape, tuple(by_rank))
 
 
@@ -112,6 +131,7 @@ def test_schedules_bring_every_box_once(size: int) -> None:
             for rank, schedule in enumerate(schedules):
                 check_gathered(plan, indices, rank, schedule)
                 check_scattered(plan, indices, rank, schedule)
+            check_counted(plan, indices, schedules)
             travels = any(sum(s.gather.send_splits + s.scatter.send_splits) for s in schedules)
             assert plan.moves(bucket) == travels, seed
         sent = [
@@ -164,6 +184,18 @@ def check_scattered(plan: Plan, indices: tuple[int, ...], rank: int, schedule: S
         matrix, piece = schedule.held[segment.held]
         assert (matrix, piece.part, piece.box) == (segment.matrix, segment.part, segment.box)
     assert all(rank in plan.owners[s.matrix] for s in (*route.sends, *route.local))
+
+
+def check_counted(plan: Plan, indices: tuple[int, ...], schedules: list[Schedule]) -> None:
+    """What the planner counts without schedules, when it keeps buckets to their cap."""
+    counted = Traffic(plan.group_size)
+    counted.add(plan.matrices, plan.owners, indices)
+    gathers, scatters = [s.gather for s in schedules], [s.scatter for s in schedules]
+    assert counted.gather_sends == [sum(r.send_splits) for r in gathers]
+    assert counted.gather_receives == [sum(r.receive_splits) for r in gathers]
+    assert counted.scatter_sends == [sum(r.send_splits) for r in scatters]
+    assert counted.scatter_receives == [sum(r.receive_splits) for r in scatters]
+    assert counted.owned == [sum(plan.matrices[i].numel for i in s.owned) for s in schedules]
 
 
 def test_an_owner_that_stores_a_box_reads_its_own_copy() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import pytest
@@ -164,16 +164,23 @@ CASES = {
 
 
 def random_layout(shape: tuple[int, ...], rng: random.Random) -> Layout:
-    """Any sharding: placements on one to three axes, or flat ranges."""
+    """Any sharding: placements on one to three axes, or flat ranges that any ranks store."""
     if rng.random() < 0.5:
         mesh = tuple(rng.randint(1, 3) for _ in range(rng.randint(1, 3)))
         choices = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
         return placements_layout(shape, [rng.choice(choices) for _ in mesh], mesh)
-    numel = prod(shape)
-    cuts = [0, *sorted(rng.randint(0, numel) for _ in range(rng.randint(0, 4))), numel]
-    ranges = [((a, b, rng.randint(0, 3)),) for a, b in pairwise(cuts)]
-    replicas = rng.choice([1, 2])
-    return flat_layout(shape, tuple(ranges * replicas))
+    cuts = [0, *sorted(rng.randint(0, prod(shape)) for _ in range(rng.randint(0, 5))), prod(shape)]
+    size = rng.randint(1, 4)
+    held: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for a, b in pairwise(cuts):
+        for rank in rng.sample(range(size), rng.randint(1, size)) if a < b else ():
+            held[rank].append((a, b))
+    by_rank = []
+    for ranges in held:
+        rng.shuffle(ranges)  # every rank stores its ranges in its own order
+        starts = accumulate((b - a for a, b in ranges), initial=rng.randint(0, 3))
+        by_rank.append(tuple((a, b, start) for (a, b), start in zip(ranges, starts, strict=False)))
+    return flat_layout(shape, tuple(by_rank))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -186,6 +186,11 @@ def test_a_strided_shard_without_inner_shards_stores_runs_one_after_the_other() 
     assert [f.offset for f in layout.fragments[0]] == [(0, 0), (2, 0)]
 
 
+def test_neighbouring_runs_are_one_fragment() -> None:
+    layout = placements_layout((8, 3), (_StridedShard(0, split_factor=4), Shard(1)), (1, 3))
+    assert [len(fragments) for fragments in layout.fragments] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("placement", [Partial(), Partial("avg"), object()])
 def test_a_pending_reduction_is_refused_with_its_name(placement: object) -> None:
     with pytest.raises(NotImplementedError, match=r"layers.3.wq: placement .* is not supported"):
