@@ -32,7 +32,8 @@ def spectral_bound(
         gram: ``(batch, n, n)``, symmetric and positive semidefinite up to rounding.
 
     Returns:
-        The bounds, ``(batch,)`` in fp32 (fp64 for fp64), 1 for a zero matrix; and the square.
+        The bounds, ``(batch,)`` in fp32 (fp64 for fp64), positive for a zero matrix too; and the
+        square.
     """
     n = gram.shape[-1]
     norm = _frobenius(gram)
@@ -42,8 +43,7 @@ def spectral_bound(
     # With eigenvalues in units of the norm: tr R^2 = 1 and tr R^4 = the ratio's square.
     fourth = (_frobenius(square) / norm).square()
     variance = (fourth / n - 1 / n**2).clamp_min(0)
-    relative = torch.minimum((1 / n + ((n - 1) * variance).sqrt()).sqrt(), fourth.sqrt().sqrt())
-    relative = torch.where(relative == 0, 1, relative)
+    relative = (1 / n + ((n - 1) * variance).sqrt()).sqrt()
     return norm * relative, Square(square, norm)
 
 

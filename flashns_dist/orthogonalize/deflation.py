@@ -113,16 +113,17 @@ def shrink_weights(inner: Tensor) -> Tensor:
     """
     matrix = inner.double()
     alpha, beta, gamma, alpha2, beta2, gamma2, alpha3, beta3, _ = SHRINK_ROW
-    a = slope(SHRINK_ROW)
+    weight = -1 / slope(SHRINK_ROW)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # Each t of the chain is its value at zero plus M times a polynomial: first, second and third.
-    first = alpha * matrix + beta * identity
-    value = gamma * identity + matrix @ first
-    second = alpha2 * first @ (value + gamma * identity) + beta2 * identity
+    first = torch.add(beta * identity, matrix, alpha=alpha)
+    value = torch.baddbmm(identity, matrix, first, beta=gamma)
+    half = value.add(identity, alpha=gamma)
+    second = torch.baddbmm(identity, first, half, beta=beta2, alpha=alpha2)
     start = alpha2 * gamma * gamma + gamma2
-    value = start * identity + matrix @ second
-    third = alpha3 * second @ (value + start * identity) + beta3 * identity
-    return third * (-1 / a)
+    value = torch.baddbmm(identity, matrix, second, beta=start)
+    half = value.add(identity, alpha=start)
+    return torch.baddbmm(identity, second, half, beta=beta3 * weight, alpha=alpha3 * weight)
 
 
 def _orthonormal(
@@ -137,9 +138,23 @@ def _orthonormal(
     return kernels.product(factor, sketch, alpha=math.sqrt(m) * inverse)
 
 
-@lru_cache(maxsize=32)
 def _signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``Omega^T``, ``(1, k, n)``: signs over ``sqrt(n)``, the same on every rank and device."""
-    generator = torch.Generator().manual_seed(n)
-    signs = torch.randint(0, 2, (1, k, n), generator=generator).mul_(2).sub_(1)
-    return (signs / math.sqrt(n)).to(dtype).to(device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling():
+        # What a capture allocates lives as long as its graph: nothing to keep.
+        return _hashed_signs(n, k, dtype, device)
+    return _kept_signs(n, k, dtype, device)
+
+
+def _hashed_signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Signs from the bits of a hashed index: integer operations, exact on every device."""
+    bits = torch.arange(1, k * n + 1, device=device)
+    for factor, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13), (0xC2B2AE3D, 16)):
+        bits = (bits * factor) & 0xFFFFFFFF
+        bits = bits ^ (bits >> shift)
+    signs = (1 - 2 * (bits & 1)).view(1, k, n)
+    return (signs / math.sqrt(n)).to(dtype)
+
+
+_kept_signs = lru_cache(maxsize=32)(_hashed_signs)

