@@ -9,8 +9,13 @@ from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS
 from flashns_dist.orthogonalize.methods import METHODS, check_coefficients, find_method
 from flashns_dist.orthogonalize.restarts import ordered_restarts, restart_positions
 
-AUTO_FAST_ROWS = 256
-"""Matrices with fewer rows are not worth the many small operations of ``"fast"``."""
+FAST_ROWS = 2048
+"""From here on ``"fast"`` was the fastest method at every shape measured on an H200
+(docs/benchmarks/orthogonalize-h200.jsonl); below, its many small operations cost more than the
+products that it saves."""
+
+STANDARD_ROWS = 512
+"""Up to here ``"standard"`` was faster than ``"unbiased"`` there for square matrices."""
 
 _FACTOR_PRODUCTS = {2: 0, 3: 1, 5: 2, 9: 3}
 """Symmetric products that ``stages.step_factor`` takes, by the length of a row."""
@@ -54,20 +59,20 @@ def choose_method(
 ) -> str:
     """What ``method="auto"`` means for an ``n x m`` matrix and an iteration in ``dtype``.
 
-    With coefficients, the cheapest method that they were designed for. Without, the cheapest of
-    ``"fast"`` (from ``AUTO_FAST_ROWS`` rows on), ``"gram"`` and ``"standard"``, which are all as
-    accurate as ``"gram"`` (see ``docs/numerics.md``). In bfloat16 ``"gram"`` is left out: its
-    largest singular values reach 4 there.
+    With coefficients, the method with the fewest FLOPs that they were designed for. Without, what
+    was measured to be fastest among those that pass the accuracy gates of ``docs/numerics.md``, by
+    the shape alone, so that the choice depends neither on the batch nor on the machine. ``"gram"``
+    is not among them: its largest singular values reach 1.41 in float16 (and 4 in bfloat16, where
+    it is left out with coefficients too).
     """
     if coefficients is None:
-        names = ["standard", "gram"] + ["fast"] * (min(n, m) >= AUTO_FAST_ROWS)
-    else:
-        chosen = resolve_coefficients(coefficients, find_method("gram").default)
-        if chosen.normalization == "ws8":  # Only its own steps are made for deflated matrices.
-            return "fast" if chosen == find_method("fast").default else "unbiased"
-        names = [
-            name for name, each in METHODS.items() if chosen.normalization in each.normalizations
-        ]
+        if min(n, m) >= FAST_ROWS:
+            return "fast"
+        return "standard" if n == m <= STANDARD_ROWS else "unbiased"
+    chosen = resolve_coefficients(coefficients, find_method("gram").default)
+    if chosen.normalization == "ws8":  # Only its own steps are made for deflated matrices.
+        return "fast" if chosen == find_method("fast").default else "unbiased"
+    names = [name for name, each in METHODS.items() if chosen.normalization in each.normalizations]
     if dtype == torch.bfloat16 and "gram" in names:
         names.remove("gram")
     return min(names, key=lambda name: flop_count(name, n, m, coefficients))
