@@ -130,8 +130,8 @@ def _work(connection: Connection, rank: int, backend: str | None, paths: list[st
             body: Any = importlib.import_module(module)
             for part in name.split("."):
                 body = getattr(body, part)
+            # The group is left by the next job: others may still be connecting to this rank.
             answer = (True, body(*args))
-            dist.destroy_process_group()
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
