@@ -1,13 +1,15 @@
 """The one place that knows DeepSpeed's internals, and how its versions differ.
 
-Checked against 0.18.4 to 0.19.8. DeepSpeed has no public description of how it lays parameters
-out, so each function reads attributes of its wrappers and fails with the missing one's name.
+Checked against 0.18.2, 0.18.4 and 0.19.8. DeepSpeed has no public description of how it lays
+parameters out, so each function reads attributes of its wrappers and fails with the missing one's
+name.
 What is handed over decides, not the ZeRO stage: stage 1 in bf16 with fp32 accumulation has another
 wrapper than stage 1 in fp32, and which one has changed between versions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ from .partitions import (
 )
 
 VERSION: str = deepspeed.__version__
-RELEASE = tuple(int(part) for part in VERSION.split("+")[0].split(".")[:2])
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", VERSION)[:3])
 
 _FLAT_WRAPPERS = {
     # wrapper: (low-precision parameters, their flat buffers, this rank's master weights), by group
@@ -53,7 +55,7 @@ def attribute(owner: object, name: str) -> Any:
         kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
         raise RuntimeError(
             f"DeepSpeed {VERSION} has no {kind}.{name}, which FlashMuon's adapter needs. Use "
-            "deepspeed 0.18.4 to 0.19.8, or report this version."
+            "deepspeed 0.18.2 to 0.19.8, or report this version."
         ) from None
 
 
@@ -62,16 +64,27 @@ def known_defects(engine: Any) -> Iterator[tuple[str, str]]:
     if RELEASE >= (0, 19):
         return
     stage = engine.zero_optimization_stage()
+    accumulates = engine.gradient_accumulation_steps() > 1
+    if stage == 2 and accumulates and RELEASE < (0, 18, 4):
+        yield (
+            "stage 2 with gradient accumulation",
+            f"{VERSION} loses all micro-batches but one. Use deepspeed 0.18.4, or stage 1 or 3.",
+        )
     offloads = getattr(engine.zero_offload_optimizer(), "device", None) not in (None, "none")
-    if stage == 2 and offloads and engine.gradient_accumulation_steps() > 1:
+    if stage == 2 and offloads and accumulates:
         yield (
             "offload_optimizer in stage 2 with gradient accumulation",
             f"{VERSION} loses part of the gradients. Use deepspeed 0.19, or stage 1 or 3.",
         )
-    if stage == 1 and engine.load_universal_checkpoint():
+    if stage == 2 and not engine.zero_contiguous_gradients():
         yield (
-            "universal checkpoints in stage 1",
-            f"{VERSION} loads wrong weights. Use deepspeed 0.19, or stage 2 or 3.",
+            "contiguous_gradients=false in stage 2",
+            f"{VERSION} averages gradients wrongly. Use deepspeed 0.19, or leave it true.",
+        )
+    if engine.load_universal_checkpoint() and (stage == 1 or (stage == 2 and RELEASE < (0, 18, 4))):
+        yield (
+            f"universal checkpoints in stage {stage}",
+            f"{VERSION} loads wrong weights. Use deepspeed 0.19, or stage 3.",
         )
 
 
@@ -170,7 +183,7 @@ def _flat_partitions(
                 raise RuntimeError(
                     f"{names[id(param)]}: it is not a view of DeepSpeed {VERSION}'s flat buffer of "
                     f"parameter group {index}, which FlashMuon's adapter relies on. Use deepspeed "
-                    "0.18.4 to 0.19.8 without the feature that moves it."
+                    "0.18.2 to 0.19.8 without the feature that moves it."
                 )
             ranges = sequential_ranges(begin, param.numel(), master.numel(), size)
             start, stop = ranges[rank]
@@ -217,7 +230,7 @@ def _raise_problem(problem: str, group: dist.ProcessGroup) -> None:
         rank, text = wrong[0]
         raise RuntimeError(
             f"rank {rank}: {text}. FlashMuon's adapter does not understand how DeepSpeed {VERSION} "
-            "lays parameters out under this config; use deepspeed 0.18.4 to 0.19.8 or report it."
+            "lays parameters out under this config; use deepspeed 0.18.2 to 0.19.8 or report it."
         )
 
 

@@ -215,6 +215,13 @@ def is_older() -> bool:
     return RELEASE < (0, 19)
 
 
+def can_accumulate(stage: int) -> bool:
+    """Whether this DeepSpeed keeps all micro-batches' gradients; else the adapter refuses."""
+    from flashns_dist.integrations.deepspeed.internals import RELEASE
+
+    return stage != 2 or RELEASE >= (0, 18, 4)
+
+
 def config(
     stage: int,
     world_size: int,
