@@ -81,7 +81,7 @@ def known_defects(engine: Any) -> Iterator[tuple[str, str]]:
             "contiguous_gradients=false in stage 2",
             f"{VERSION} averages gradients wrongly. Use deepspeed 0.19, or leave it true.",
         )
-    if engine.load_universal_checkpoint() and (stage == 1 or (stage == 2 and RELEASE < (0, 18, 4))):
+    if stage in (1, 2) and engine.load_universal_checkpoint():
         yield (
             f"universal checkpoints in stage {stage}",
             f"{VERSION} loads wrong weights. Use deepspeed 0.19, or stage 3.",

@@ -131,9 +131,7 @@ def load_universal(folder: str) -> list[tuple[str, float]]:
     found = []
     with deepspeed_ready() as deepspeed:
         for name, settings in UNIVERSAL.items():
-            if name == "stage 1" and is_older():  # refused
-                continue
-            if name == "stage 2" and not can_accumulate(2):  # likewise
+            if is_older() and settings["stage"] != 3:  # refused
                 continue
             engine = start(deepspeed, 7, {**settings, "checkpoint": {"load_universal": True}})
             engine.load_checkpoint(f"{folder}/{name}", tag="universal")
