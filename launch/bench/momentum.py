@@ -57,8 +57,9 @@ def measure(
     """(error, largest singular value, error over that of gram) by method, one per matrix."""
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
     for name, matrix in matrices:
-        exact = polar_factor(matrix.double())
-        stable_rank = float(matrix.double().norm() / torch.linalg.matrix_norm(matrix.double(), 2))
+        wide = matrix.double().to(DEVICE)
+        exact = polar_factor(wide)
+        stable_rank = float(wide.norm() / torch.linalg.matrix_norm(wide, 2)) ** 2
         results = {
             method: orthogonalize(matrix.to(DEVICE), method=method, dtype=dtype)
             for method in METHODS
