@@ -156,7 +156,8 @@ def _mesh_group(mesh: Any, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         return dist.group.WORLD
     if mesh.ndim == 1:
         return mesh.get_group()  # type: ignore[no-any-return]
-    key = (id(dist.group.WORLD), tuple(sorted(ranks)))
+    # The world itself is in the key: after it is destroyed, another world's groups are others.
+    key = (dist.group.WORLD, tuple(sorted(ranks)))
     if key not in _GROUPS:
         _GROUPS[key] = dist.new_group(sorted(ranks), use_local_synchronization=True)
     return _GROUPS[key]
