@@ -70,6 +70,17 @@ def check_norms(ours: list[float | None], theirs: list[float], tolerance: float,
     )
 
 
+def clipping_error(model: str, clip: float) -> float:
+    """Ten times what a norm that is wrong in its last bits changes in one process.
+
+    Orthogonalization magnifies rounding of directions with small singular values.
+    """
+    plain = reference(model, clip)["weights"]
+    nudged = reference(model, clip * (1 + 4e-7))["weights"]
+    largest = max(float((plain[name] - nudged[name]).abs().max()) for name in plain)
+    return 10 * max(largest, 1e-7)
+
+
 def compare_exactly(model: str, stage: int) -> None:
     """Bitwise without clipping; with it, up to how the norm is summed."""
     size = dist.get_world_size()
@@ -79,12 +90,13 @@ def compare_exactly(model: str, stage: int) -> None:
                 settings = config(stage, size, accumulation=accumulation, clip=clip)
                 result = run_engine(deepspeed, model, settings)
                 expected = reference(model, clip)
+                allowed = clipping_error(model, clip)
                 case = str({"stage": stage, "accumulation": accumulation, "clip": clip})
                 for name, weight in expected["weights"].items():
                     ours = result["weights"][name]
                     if clip or weight.ndim < 2:  # vectorized AdamW rounds its tail differently
                         difference = float((ours - weight).abs().max())
-                        assert difference < 1e-6, f"{case}: {name} differs by {difference:.1e}"
+                        assert difference < allowed, f"{case}: {name} differs by {difference:.1e}"
                     else:
                         assert torch.equal(ours, weight), f"{case}: {name} differs"
                 if clip:
