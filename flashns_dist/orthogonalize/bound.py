@@ -17,34 +17,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashns_dist.orthogonalize.kernels import small
 from flashns_dist.orthogonalize.kernels.interface import Kernels
 from flashns_dist.orthogonalize.stages import Square
+
+TINY = 1e-12
+"""Below this a norm counts as zero. Gram matrices come here with a trace of about ``n``."""
 
 
 def spectral_bound(
     kernels: Kernels,
     gram: Tensor,  # (8, 1024, 1024)
 ) -> tuple[Tensor, Square]:
-    """An upper bound on the largest eigenvalue of each Gram matrix, and its square.
+    """One over a bound on the largest eigenvalue of each Gram matrix, and its square.
 
     Args:
         kernels: The backend.
         gram: ``(batch, n, n)``, symmetric and positive semidefinite up to rounding.
 
     Returns:
-        The bounds, ``(batch,)`` in fp32 (fp64 for fp64), positive for a zero matrix too; and the
-        square.
+        The scales, ``(batch,)`` in fp32 (fp64 for fp64), finite for a zero matrix too: the
+        eigenvalues of ``scale * gram`` are at most 1. And the square of ``scale * gram``.
     """
-    n = gram.shape[-1]
     norm = _frobenius(gram)
-    norm = torch.where(norm == 0, 1, norm)
     # Divided by the norm, so that float16 holds the square of any matrix that it holds.
-    square = kernels.symmetric(gram, gram, alpha=1 / norm)
+    square = kernels.symmetric(gram, gram, alpha=norm.clamp_min(TINY).reciprocal())
+    scalars = small.bound_scalars if small.runs_triton(kernels, gram) else bound_scalars
+    scale, weight = scalars(norm, _frobenius(square), gram.shape[-1])
+    return scale, Square(square, weight)
+
+
+def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The scale of ``spectral_bound``, and the weight of the square, from two norms.
+
+    Args:
+        norm: ``||R||_F``, ``(batch,)``.
+        square_norm: ``||R^2||_F / ||R||_F``.
+        n: Rows.
+    """
+    norm = norm.clamp_min(TINY)
     # With eigenvalues in units of the norm: tr R^2 = 1 and tr R^4 = the ratio's square.
-    fourth = (_frobenius(square) / norm).square()
+    fourth = (square_norm / norm).square()
     variance = (fourth / n - 1 / n**2).clamp_min(0)
     relative = (1 / n + ((n - 1) * variance).sqrt()).sqrt()
-    return norm * relative, Square(square, norm)
+    scale = 1 / (norm * relative)
+    return scale, scale * scale * norm
 
 
 def _frobenius(matrix: Tensor) -> Tensor:

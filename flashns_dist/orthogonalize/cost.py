@@ -71,7 +71,8 @@ def choose_method(
         return "standard" if n == m <= STANDARD_ROWS else "unbiased"
     chosen = resolve_coefficients(coefficients, find_method("gram").default)
     if chosen.normalization == "ws8":  # Only its own steps are made for deflated matrices.
-        return "fast" if chosen == find_method("fast").default else "unbiased"
+        fast = find_method("fast")
+        return "fast" if chosen in (fast.default, fast.bfloat16) else "unbiased"
     names = [name for name, each in METHODS.items() if chosen.normalization in each.normalizations]
     if dtype == torch.bfloat16 and "gram" in names:
         names.remove("gram")

@@ -13,10 +13,11 @@ positive definite, so that the polar factor stays nearly the same. No more than 
 exceed an eighth of the Frobenius norm; with ``k = 64`` the rest is bounded by that whatever the
 spectrum, and the reach that five Polar Express steps need falls by the same factor.
 
-``A = X Y`` where ``Y`` is an orthonormal basis of ``X^T Omega``, for fixed random signs ``Omega``:
-one half-step of subspace iteration. ``Y`` itself comes from a short Gram iteration, so that there
-is no QR, no eigenvalue solver and nothing that depends on the data's values. Everything is linear
-in the size of ``X``: about five passes over its memory, and ``8 k n m`` FLOPs.
+The columns of ``A`` are ``X`` times a nearly orthonormal basis of ``X^T Omega``, for fixed random
+signs ``Omega``: one step of subspace iteration. The basis is made orthonormal by one Newton-Schulz
+step of degree 17, so that there is no QR, no eigenvalue solver and nothing that depends on the
+data's values. Everything is linear in the size of ``X``: about five passes over its memory, and
+``8 k n m`` FLOPs.
 """
 
 from __future__ import annotations
@@ -28,29 +29,19 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import slope
-from flashns_dist.orthogonalize.gram import gram_steps
+from flashns_dist.orthogonalize.kernels import small
 from flashns_dist.orthogonalize.kernels.interface import Kernels
+from flashns_dist.orthogonalize.stages import step_factor
 
 NUM_DIRECTIONS = 64
 """How many singular values may be shrunk; all of them in a matrix with no more rows."""
 
-# Steps of degree 9 that make a basis orthonormal: polar_express(1/32, degrees=(9, 9), safety=1.01,
-# cushion=0). Directions below 1/32 of the norm are not worth shrinking and stay partly in.
-BASIS_ROWS = (
-    (
-        11.640004573031646,
-        -101.61423881931819,
-        321.98138312278667,
-        -400.0118186439347,
-        169.1837602291759,
-    ),
-    (
-        3.2296236336563457,
-        -5.680261426269999,
-        5.174955106447072,
-        -2.081408992511652,
-        0.3006732322746727,
-    ),
+# One step of degree 17 that makes a basis nearly orthonormal: chain_row(1/10, 1). Directions below
+# a tenth of the norm are not worth shrinking and stay partly in.
+BASIS_ROW = (
+    *(4.0, -5.137627261207556, 1.2412160569024522),
+    *(2.5389108980570487, 2.446538415299083, -1.1753730477430204),
+    *(1.0, -3.4338423137482694, 2.866517818074301),
 )
 
 # The polynomial c, not normalized: chain_row(1/60, 1). sqrt(t) c(t) is at most 0.075, so that the
@@ -61,8 +52,8 @@ SHRINK_ROW = (
     *(1.0, -0.994756735162257, 1.3295003505117922),
 )
 
-# A^T A / (MARGIN ||X||^2) has eigenvalues in [0, 1]: the basis is orthonormal to 7%.
-MARGIN = 1.2
+# A^T A / (MARGIN ||X||^2) has eigenvalues in [0, 1]: the basis has norm at most 1.119.
+MARGIN = 1.26
 
 
 def deflate(
@@ -80,25 +71,53 @@ def deflate(
     Returns:
         A new tensor of the shape and dtype of ``x``, not normalized again.
     """
-    n, m = x.shape[-2:]
-    # All that has k rows is small, and in fp32 where rounding would show: a shrunk singular value
-    # is a difference, a twentieth of its terms.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if n <= NUM_DIRECTIONS:
-        sketch = x.to(wide)
-    else:
-        signs = _signs(n, NUM_DIRECTIONS, x.dtype, x.device).expand(x.shape[0], -1, -1)
-        sketch = kernels.product(signs, x, dtype=wide)
-    basis = _orthonormal(kernels, sketch).to(x.dtype)
-    # Basis vectors have norm sqrt(m), so that float16 holds their entries; hence 1 / sqrt(m).
-    a = kernels.product(basis, x.mT, alpha=1 / math.sqrt(m))
-    wide_a = a.to(wide)
-    inner = kernels.gram(wide_a, alpha=1 / (MARGIN * size * size))
-    weights = kernels.product(
-        shrink_weights(inner).to(wide), wide_a, alpha=1 / (MARGIN * size), dtype=x.dtype
-    )
+    n = x.shape[-2]
+    signs = _signs(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
+    sketch = kernels.product(signs.expand(x.shape[0], -1, -1), x)
+    # X Y has norm size^2 at most, and float16 holds size.
+    image = kernels.product(sketch, x.mT, alpha=1 / size)
+    a, weights = shrink_factors(kernels, image, signs, size)
     projection = kernels.product(a, x, alpha=1 / size)
     return kernels.product(weights.mT, projection, alpha=-1.0, c=x, beta=1.0)
+
+
+def shrink_factors(
+    kernels: Kernels,
+    image: Tensor,  # (8, 64, 1024)
+    signs: Tensor,  # (1, 64, 1024)
+    size: float,
+) -> tuple[Tensor, Tensor]:
+    """``A^T`` and ``phi(A^T A) A^T / ||X||^2``, the factors of ``S``, from ``(X Y)^T / size``.
+
+    ``A = X Y h(G)`` where ``Y h(G)`` has nearly orthonormal columns for ``G = Y^T Y``. ``Y`` is the
+    sketch ``X^T Omega`` here, so that ``G = Omega^T X Y`` needs no pass over ``Y``.
+
+    Args:
+        kernels: The backend; one kernel per matrix if it runs Triton.
+        image: ``(batch, k, n)``.
+        signs: ``Omega^T``.
+        size: ``||X||``.
+
+    Returns:
+        Both ``(batch, k, n)`` in the dtype of ``image``; the second is multiplied by ``size``.
+    """
+    k, dtype = image.shape[1], image.dtype
+    few = k == NUM_DIRECTIONS and image.shape[2] <= small.MAX_COLUMNS
+    if few and small.runs_triton(kernels, image):
+        weight = -1 / slope(SHRINK_ROW)
+        return small.shrink_factors(image, signs[0], size, MARGIN, BASIS_ROW, SHRINK_ROW, weight)
+    # What has k rows is small, and in fp32 where rounding would show: a shrunk singular value is a
+    # difference, a twentieth of its terms.
+    wide = image.to(torch.promote_types(dtype, torch.float32))
+    inner = kernels.symmetric(wide, signs.to(wide.dtype).mT.expand(len(wide), -1, -1), alpha=size)
+    trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+    inverse = 1 / torch.where(trace == 0, 1, trace)
+    factor = step_factor(kernels, inner, BASIS_ROW, inverse)
+    root = size * inverse.sqrt()
+    a = kernels.product(factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=dtype)
+    wide = a.to(wide.dtype)
+    phi = shrink_weights(kernels.gram(wide, alpha=1 / (MARGIN * size * size))).to(wide.dtype)
+    return a, kernels.product(phi, wide, alpha=1 / (MARGIN * size), dtype=dtype)
 
 
 def shrink_weights(inner: Tensor) -> Tensor:
@@ -126,18 +145,6 @@ def shrink_weights(inner: Tensor) -> Tensor:
     return torch.baddbmm(identity, second, half, beta=beta3 * weight, alpha=alpha3 * weight)
 
 
-def _orthonormal(
-    kernels: Kernels,
-    sketch: Tensor,  # (8, 64, 4096)
-) -> Tensor:
-    """Rows of norm ``sqrt(m)`` that are nearly orthogonal and span those of ``sketch``."""
-    norm = torch.linalg.vector_norm(sketch, dim=(-2, -1))
-    inverse = 1 / torch.where(norm == 0, 1, norm)
-    k, m = sketch.shape[-2:]
-    factor, _ = gram_steps(kernels, sketch, BASIS_ROWS, alpha=k * inverse * inverse, scale=1 / k)
-    return kernels.product(factor, sketch, alpha=math.sqrt(m) * inverse)
-
-
 def _signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``Omega^T``, ``(1, k, n)``: signs over ``sqrt(n)``, the same on every rank and device."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -149,6 +156,8 @@ def _signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _hashed_signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Signs from the bits of a hashed index: integer operations, exact on every device."""
+    if k == n:  # Any basis will do, and signs may be singular.
+        return torch.eye(n, dtype=dtype, device=device)[None]
     bits = torch.arange(1, k * n + 1, device=device)
     for factor, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13), (0xC2B2AE3D, 16)):
         bits = (bits * factor) & 0xFFFFFFFF

@@ -12,6 +12,7 @@ from flashns_dist.orthogonalize.aol import aol
 from flashns_dist.orthogonalize.coefficients import (
     AOL,
     FAST,
+    FAST_BFLOAT16,
     POLAR_EXPRESS,
     UNBIASED,
     UNBIASED_BFLOAT16,
@@ -64,7 +65,7 @@ METHODS = {
     "standard": Method(standard, POLAR_EXPRESS, ("frobenius",)),
     "gram": Method(gram, POLAR_EXPRESS, ("frobenius",)),
     "unbiased": Method(unbiased, UNBIASED, ("ws8",), bfloat16=UNBIASED_BFLOAT16),
-    "fast": Method(fast, FAST, ("ws8",)),
+    "fast": Method(fast, FAST, ("ws8",), bfloat16=FAST_BFLOAT16),
     "aol": Method(aol, AOL, ("aol", "aol_unguarded"), biased=True),
 }
 

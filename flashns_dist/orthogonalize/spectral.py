@@ -85,9 +85,9 @@ def _iterate(
             # Entries of X are about one at first and eigenvalues of its Gram matrix too, away from
             # underflow; dividing by the bound is folded into the products.
             matrix = kernels.gram(current, alpha=n / size**2)
-            bound, square = spectral_bound(kernels, matrix)
-            factor, shift = run_ordered(kernels, matrix, rows, 1 / bound, square)
-            weight = (n / bound).sqrt() / size
+            scale, square = spectral_bound(kernels, matrix)
+            factor, shift = run_ordered(kernels, matrix, rows, scale, square)
+            weight = (scale * (n / size**2)).sqrt()
         else:
             factor, shift = run_ordered(kernels, kernels.gram(current), rows)
             weight = 1.0

@@ -14,15 +14,15 @@ from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
 
 @dataclass(frozen=True)
 class Square:
-    """The square of a Gram matrix that a bound has computed already: ``gram^2 = scale * matrix``.
+    """The square of ``R = scale * gram`` that a bound has computed already, over ``weight``.
 
     Attributes:
         matrix: ``(batch, n, n)``.
-        scale: ``(batch,)`` fp32.
+        weight: ``(batch,)`` fp32: ``R^2 = weight * matrix``.
     """
 
     matrix: Tensor
-    scale: Tensor
+    weight: Tensor
 
 
 def step_factor(
@@ -56,16 +56,16 @@ def step_factor(
             return kernels.symmetric(
                 matrix, matrix, alpha=alpha, c=gram, beta=beta * scale, gamma=gamma
             )
-        weight = alpha * scale * scale
         if square is not None:
             return combine(
                 kernels,
                 square.matrix,
                 gram,
-                alpha=weight * square.scale,
+                alpha=alpha * square.weight,
                 beta=beta * scale,
                 gamma=gamma,
             )
+        weight = alpha * scale * scale
         return kernels.symmetric(gram, gram, alpha=weight, c=gram, beta=beta * scale, gamma=gamma)
 
     if len(row) == 2:

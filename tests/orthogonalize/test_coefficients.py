@@ -92,6 +92,7 @@ def test_the_solver_reproduces_the_polar_express_preset():
         ("fast", (17, 17)),
         ("unbiased", (17, 17, 9)),
         ("unbiased_bfloat16", (9, 17, 17)),
+        ("fast_bfloat16", (9, 9, 5)),
         ("aol", (17, 17)),
     ],
 )

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from flashns_dist.orthogonalize.bound import spectral_bound
-from flashns_dist.orthogonalize.deflation import MARGIN, SHRINK_ROW, deflate, shrink_weights
+from flashns_dist.orthogonalize.deflation import (
+    BASIS_ROW,
+    MARGIN,
+    SHRINK_ROW,
+    deflate,
+    shrink_weights,
+)
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.solver import minimax_row, step_multiplier, step_value
 from flashns_dist.testing.spectra import adversarial, spectra
@@ -22,31 +28,33 @@ def test_the_bound_is_above_the_largest_eigenvalue_and_below_the_trace(dtype, as
     for name, x in suites(96, aspect).items():
         gram = (x @ x.T) * (96 / x.square().sum())
         largest = torch.linalg.eigvalsh(gram.to(dtype).double())[-1]
-        bound, square = spectral_bound(KERNELS, gram.to(dtype)[None])
+        scale, square = spectral_bound(KERNELS, gram.to(dtype)[None])
+        bound = 1 / scale
         # The variance of equal eigenvalues is a difference of equal terms.
         assert bound.item() >= largest * (1 - max(torch.finfo(dtype).eps, 1e-7)), name
         assert bound.item() <= 96 * (1 + 1e-3), name
         exact = gram @ gram
-        error = square.matrix[0].double() * square.scale.item() - exact
+        error = square.matrix[0].double() * square.weight.item() * bound.item() ** 2 - exact
         assert error.abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max(), name
 
 
 def test_the_bound_is_tight_where_theory_says_so():
     one = torch.zeros(1, 50, 50, dtype=torch.float64)
     one[0, 0, 0] = 7.0
-    assert spectral_bound(KERNELS, one)[0].item() == pytest.approx(7.0)
+    assert 1 / spectral_bound(KERNELS, one)[0].item() == pytest.approx(7.0)
     equal = 3 * torch.eye(50, dtype=torch.float64)[None]
-    assert spectral_bound(KERNELS, equal)[0].item() == pytest.approx(3.0, rel=1e-6)
+    assert 1 / spectral_bound(KERNELS, equal)[0].item() == pytest.approx(3.0, rel=1e-6)
     x = spectra(256, 1)["gaussian"]
     gram = x @ x.T
-    slack = spectral_bound(KERNELS, gram[None])[0].item() / torch.linalg.eigvalsh(gram)[-1]
+    slack = 1 / spectral_bound(KERNELS, gram[None])[0].item() / torch.linalg.eigvalsh(gram)[-1]
     assert slack**0.5 < 1.5
     assert (gram.trace() / torch.linalg.eigvalsh(gram)[-1]) ** 0.5 > 7
 
 
 def test_a_zero_matrix_has_a_harmless_bound():
-    bound, square = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
-    assert (bound > 0).all()
+    scale, square = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
+    assert (scale > 0).all()
+    assert torch.isfinite(scale).all()
     assert torch.equal(square.matrix, torch.zeros(2, 4, 4))
 
 
@@ -105,4 +113,9 @@ def test_the_margin_covers_the_basis():
         result = deflate(KERNELS, x.half()[None], 128.0)[0]
         assert torch.isfinite(result).all(), name
         assert result.float().norm() <= 128.0 * (1 + 1e-3), name
-    assert MARGIN > 1.08**2
+
+
+def test_the_basis_row_is_the_solvers_and_within_the_margin():
+    assert minimax_row(1 / 10, 1.0, 17) == pytest.approx(BASIS_ROW, rel=1e-9)
+    x = torch.linspace(0, 1, 10001, dtype=torch.float64)
+    assert 1.25 < step_value(BASIS_ROW, x).max().item() ** 2 < MARGIN

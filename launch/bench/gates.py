@@ -1,0 +1,106 @@
+"""Which methods pass the accuracy gates, by the spectra suites on the CPU.
+
+    python -m launch.bench.gates --out gates.jsonl [--rows 256] [--aspects 1,4]
+        [--momentum FILE]
+
+Half precision on the CPU means products in fp32 that are rounded once, as on tensor cores. Writes
+one line per method, dtype and matrix, and prints the worst cases as a table. ``--momentum`` adds
+the matrices of a file written by ``torch.save``: a dict of names (or any keys) to 2-D tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize import METHODS, flop_count, orthogonalize
+from flashns_dist.testing.spectra import (
+    PolarFactor,
+    adversarial,
+    largest_singular_value,
+    orthogonality_error,
+    polar_factor,
+    spectra,
+)
+from launch.bench.timing import Record
+
+MAX_SIGMA, MAX_RATIO, SMALL_ERROR = 1.25, 1.02, 0.115
+CANDIDATES = [(name, torch.float16, None) for name in METHODS] + [
+    ("aol", torch.float16, "aol_flash"),
+    ("standard", torch.bfloat16, None),
+    ("gram", torch.bfloat16, None),
+    ("unbiased", torch.bfloat16, None),
+    ("fast", torch.bfloat16, None),
+]
+Case = tuple[Tensor, PolarFactor, float]
+
+
+def suites(rows: int, aspects: list[float], momentum: Path | None) -> Iterator[tuple[str, dict]]:
+    """Names of suites and their matrices by name."""
+    for aspect in aspects:
+        yield f"spectra, aspect {aspect:g}", spectra(rows, aspect)
+        yield f"adversarial, aspect {aspect:g}", adversarial(rows, aspect)
+    if momentum is not None:
+        found = torch.load(momentum, weights_only=True)
+        yield "momentum", {str(key): value.double() for key, value in found.items()}
+
+
+def prepare(matrices: dict[str, Tensor]) -> dict[str, Case]:
+    """Each matrix with its exact polar factor and the error of ``gram`` in float16."""
+    cases = {}
+    for name, x in matrices.items():
+        exact = polar_factor(x)
+        reference = orthogonalize(x.float(), method="gram", dtype=torch.float16)
+        cases[name] = x.float(), exact, orthogonality_error(reference, exact)
+    return cases
+
+
+def measure(record: Record, suite: str, cases: dict[str, Case]) -> None:
+    """Measures every candidate on a suite and prints a row for each."""
+    print(f"\n{suite}: {len(cases)} matrices\n")
+    print("| method | dtype | sigma_max | mean EF | worst EF / gram | gates failed |")
+    print("|---|---|---|---|---|---|")
+    for method, dtype, coefficients in CANDIDATES:
+        errors, sigmas, ratios, failed = [], [], [0.0], 0
+        for name, (x, exact, reference) in cases.items():
+            result = orthogonalize(x, method=method, dtype=dtype, coefficients=coefficients)
+            error = orthogonality_error(result, exact)
+            sigma = largest_singular_value(result)
+            errors.append(error)
+            sigmas.append(sigma)
+            if error > SMALL_ERROR:
+                ratios.append(error / reference)
+            failed += sigma > MAX_SIGMA or error > max(MAX_RATIO * reference, SMALL_ERROR)
+            record.write(
+                "gates", suite=suite, matrix=name, shape=list(x.shape), method=method,
+                coefficients=coefficients, dtype=str(dtype), error=error, sigma_max=sigma,
+                gram_error=reference, flops=flop_count(method, *x.shape, coefficients),
+            )  # fmt: skip
+        label = method if coefficients is None else f"{method}, {coefficients}"
+        print(
+            f"| {label} | {str(dtype)[6:]} | {max(sigmas):.2f} | {sum(errors) / len(errors):.3f} | "
+            f"{max(ratios):.2f} | {failed} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measures all suites."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gates.jsonl"))
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--aspects", default="1,4")
+    parser.add_argument("--momentum", type=Path)
+    options = parser.parse_args()
+    record = Record(options.out)
+    aspects = [float(aspect) for aspect in options.aspects.split(",")]
+    for suite, matrices in suites(options.rows, aspects, options.momentum):
+        measure(record, suite, prepare(matrices))
+
+
+if __name__ == "__main__":
+    main()
