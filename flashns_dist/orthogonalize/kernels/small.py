@@ -17,6 +17,10 @@ MAX_COLUMNS = 2048
 """Up to here ``shrink_factors`` runs in one program per matrix, which makes three passes of
 ``n / 64`` blocks. Beyond, separate operations spread the work, and launching them does not show."""
 
+FUSED_ON_GPUS = False
+"""Whether these kernels run on GPUs. They pass in Triton's interpreter and compile for sm_80 to
+sm_90, but have not run on a GPU yet: set this and measure (``launch.bench.orthogonalize``) first."""
+
 
 def runs_triton(kernels: Kernels, t: Tensor) -> bool:
     """Whether Triton kernels may be launched on ``t``: the backend uses them, and ``t`` is half."""
@@ -25,7 +29,7 @@ def runs_triton(kernels: Kernels, t: Tensor) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if t.is_cuda:
-        return True
+        return FUSED_ON_GPUS
     from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
 
     return interpreting()
