@@ -19,7 +19,7 @@ MAX_COLUMNS = 2048
 
 FUSED_ON_GPUS = False
 """Whether these kernels run on GPUs. They pass in Triton's interpreter and compile for sm_80 to
-sm_90, but have not run on a GPU yet: set this and measure (``launch.bench.orthogonalize``) first."""
+sm_90, but have not run on a GPU yet: measure them (``launch.bench.orthogonalize``) first."""
 
 
 def runs_triton(kernels: Kernels, t: Tensor) -> bool:
