@@ -188,6 +188,7 @@ def test_ordered_restarts_follow_cost_and_precision():
     half, brain = torch.float16, torch.bfloat16
     assert ordered_restarts(FAST, 100, 100, half) == (1,)
     assert ordered_restarts(FAST, 100, 200, half) == ()
+    assert ordered_restarts(FAST, 50, 100, half) == (1,)  # Rounding weighs more here.
     assert ordered_restarts(FAST, 100, 200, brain) == (1,)
     assert ordered_restarts(UNBIASED, 100, 100, half) == (1, 2)
     assert len(ordered_restarts(UNBIASED, 100, 800, half)) == 1
