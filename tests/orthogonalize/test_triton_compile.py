@@ -123,8 +123,7 @@ def test_the_interpreter_tests_run_in_a_process_of_their_own_if_they_must():
     from triton.runtime.interpreter import InterpretedFunction
 
     if torch.cuda.is_available() or isinstance(cdiv, InterpretedFunction):
-        pytest.skip("test_triton_backend.py ran in this process")
-    result = run(
-        "-m", "pytest", "-q", "-x", str(HERE / "test_triton_backend.py"), TRITON_INTERPRET="1"
-    )
+        pytest.skip("they ran in this process")
+    files = [str(HERE / name) for name in ("test_triton_backend.py", "test_small_triton.py")]
+    result = run("-m", "pytest", "-q", "-x", *files, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-5000:]
