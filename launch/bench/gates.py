@@ -4,7 +4,7 @@
         [--momentum FILE]
 
 Half precision on the CPU means products in fp32 that are rounded once, as on tensor cores. Writes
-one line per method, dtype and matrix, and prints the worst cases as a table. ``--momentum`` adds
+one line per suite, method and dtype, and prints the worst cases as a table. ``--momentum`` adds
 the matrices of a file written by ``torch.save``: a dict of names (or any keys) to 2-D tensors.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize import METHODS, flop_count, orthogonalize
+from flashns_dist.orthogonalize import METHODS, orthogonalize
 from flashns_dist.testing.spectra import (
     PolarFactor,
     adversarial,
@@ -65,24 +65,24 @@ def measure(record: Record, suite: str, cases: dict[str, Case]) -> None:
     print("| method | dtype | sigma_max | mean EF | worst EF / gram | gates failed |")
     print("|---|---|---|---|---|---|")
     for method, dtype, coefficients in CANDIDATES:
-        errors, sigmas, ratios, failed = [], [], [0.0], 0
+        errors, sigmas, ratios, failed = {}, {}, [0.0], 0
         for name, (x, exact, reference) in cases.items():
             result = orthogonalize(x, method=method, dtype=dtype, coefficients=coefficients)
             error = orthogonality_error(result, exact)
             sigma = largest_singular_value(result)
-            errors.append(error)
-            sigmas.append(sigma)
+            errors[name], sigmas[name] = round(error, 5), round(sigma, 5)
             if error > SMALL_ERROR:
                 ratios.append(error / reference)
             failed += sigma > MAX_SIGMA or error > max(MAX_RATIO * reference, SMALL_ERROR)
-            record.write(
-                "gates", suite=suite, matrix=name, shape=list(x.shape), method=method,
-                coefficients=coefficients, dtype=str(dtype), error=error, sigma_max=sigma,
-                gram_error=reference, flops=flop_count(method, *x.shape, coefficients),
-            )  # fmt: skip
+        record.write(
+            "gates", suite=suite, method=method, coefficients=coefficients, dtype=str(dtype),
+            worst_over_gram=round(max(ratios), 5), gates_failed=failed, errors=errors,
+            sigmas=sigmas,
+        )  # fmt: skip
         label = method if coefficients is None else f"{method}, {coefficients}"
         print(
-            f"| {label} | {str(dtype)[6:]} | {max(sigmas):.2f} | {sum(errors) / len(errors):.3f} | "
+            f"| {label} | {str(dtype)[6:]} | {max(sigmas.values()):.2f} | "
+            f"{sum(errors.values()) / len(errors):.3f} | "
             f"{max(ratios):.2f} | {failed} |",
             flush=True,
         )
