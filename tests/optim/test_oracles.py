@@ -76,6 +76,35 @@ def test_torch_muon_gives_the_same_weights(nesterov: bool, adjust_lr_fn: str | N
     assert distance(ours, theirs) <= 2 * rounding < 0.05 * moved
 
 
+def plain_muon(params: list[nn.Parameter], num_steps: int, mu: float, nesterov: bool) -> None:
+    """Muon as torch.optim.Muon writes it, in float64: its bf16 iteration hides small mistakes."""
+    weights = [p.detach().double() for p in params]
+    buffers = [torch.zeros_like(w) for w in weights]
+    for step in range(num_steps):
+        for weight, buffer, gradient in zip(weights, buffers, gradients(params, step), strict=True):
+            buffer.lerp_(gradient.double(), 1 - mu)
+            x = gradient.double().lerp(buffer, mu) if nesterov else buffer
+            x = x / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = KELLER[0] * x + (KELLER[1] * gram + KELLER[2] * gram @ gram) @ x
+            weight.mul_(1 - 0.02 * 0.1)
+            weight.sub_(0.02 * sqrt(max(1, weight.shape[0] / weight.shape[1])) * x)
+    for param, weight in zip(params, weights, strict=True):
+        param.detach().copy_(weight)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_every_step_is_that_of_the_formula(nesterov: bool) -> None:
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1, "nesterov": nesterov}
+    precise = {"method": "standard", "ns_coefficients": KELLER, "ns_dtype": torch.float32}
+    run(FlashMuon(ours, **settings, **precise, exchange=FP32), ours, 10)
+    plain_muon(theirs, 10, mu=0.8, nesterov=nesterov)
+    assert distance(theirs, parameters()) > 0.02
+    assert distance(ours, theirs) < 1e-5  # ten steps of fp32 rounding
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_auxiliary_parameters_follow_torch_adamw(weight_decay: float) -> None:
     shapes = ((7,), (5, 9), (2, 3, 4), ())
