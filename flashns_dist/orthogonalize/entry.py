@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Optional, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ def orthogonalize(
     """Approximates the polar factor ``U V^T`` of each matrix ``X = U S V^T`` of a batch.
 
     A zero matrix gives zeros, and a NaN or infinity spoils its own matrix only. On the CPU the
-    result for a matrix is bitwise the same whatever else is in its batch.
+    result for a matrix is bitwise the same whatever else is in its batch. Under torch.compile all
+    of it is one custom operator, which runs as it does outside.
 
     Args:
         x: ``(..., n, m)``, tall or wide, float16, bfloat16, float32 or float64, any strides and any
@@ -38,9 +39,8 @@ def orthogonalize(
         method: ``"standard"``: Newton-Schulz on ``X``; ``"gram"``: the same steps on ``X X^T``;
             ``"unbiased"``: three steps of high degree after a tight normalization, the most
             accurate; ``"fast"``: two such steps after shrinking the dominant singular values;
-            ``"aol"``: AOL-preconditioned, a different result (see ``aol.py``); ``"auto"``: the one
-            with the fewest FLOPs for the shape among the first two and, from 256 rows on,
-            ``"fast"``, which is as accurate.
+            ``"aol"``: AOL-preconditioned, a different result (see ``aol.py``); ``"auto"``: the
+            fastest for the shape that passes the accuracy gates (see ``cost.choose_method``).
         coefficients: A ``Coefficients`` object, the name of a preset, or rows ``(a, b, c)`` for the
             normalization of ``method``. Default: the method's own.
         dtype: Of the iteration, any of the four. Default: float16 on an accelerator, whose matrix
@@ -56,6 +56,21 @@ def orthogonalize(
             ``coefficients``, ``dtype`` or ``backend`` is unknown or does not fit the others.
         ImportError: If the backend asked for is not installed.
     """
+    if torch.compiler.is_compiling():
+        operator = torch.ops.flashns_dist.orthogonalize
+        compiled: Tensor = operator(x, method, *_flatten(coefficients), dtype, backend)
+        return compiled
+    return _orthogonalize(x, method, coefficients, dtype, backend)
+
+
+def _orthogonalize(
+    x: Tensor,
+    method: str,
+    coefficients: CoefficientsLike | None,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    """``orthogonalize`` itself."""
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: needs (..., n, m), at least two dims.")
     if x.dtype not in _DTYPES:
@@ -92,3 +107,60 @@ def _coefficients(method: str, coefficients: CoefficientsLike) -> Coefficients:
     """The coefficients asked for; bare rows take the normalization of the method."""
     default = find_method("gram" if method == "auto" else method).default
     return resolve_coefficients(coefficients, default)
+
+
+Flattened: TypeAlias = tuple[
+    str, list[float], list[int], str, float, float | None, list[int] | None
+]
+
+
+def _flatten(coefficients: CoefficientsLike | None) -> Flattened:
+    """Coefficients as an operator's arguments: name, numbers, lengths of rows, and the rest."""
+    if coefficients is None or isinstance(coefficients, str):
+        return coefficients or "", [], [], "", 1.0, None, None
+    if not isinstance(coefficients, Coefficients):
+        rows = [list(row) for row in coefficients]
+        numbers = [float(value) for row in rows for value in row]
+        return "", numbers, [len(row) for row in rows], "", 1.0, None, None
+    numbers = [value for row in coefficients.rows for value in row]
+    restarts = None if coefficients.restarts is None else list(coefficients.restarts)
+    return (
+        coefficients.name,
+        numbers,
+        [len(row) for row in coefficients.rows],
+        coefficients.normalization,
+        coefficients.safety,
+        coefficients.lower_bound,
+        restarts,
+    )
+
+
+# The schema is read from these annotations, at run time.
+@torch.library.custom_op("flashns_dist::orthogonalize", mutates_args=())
+def _orthogonalize_op(
+    x: Tensor,
+    method: str,
+    name: str,
+    numbers: Sequence[float],
+    lengths: Sequence[int],
+    normalization: str,
+    safety: float,
+    lower_bound: Optional[float],  # noqa: UP045
+    restarts: Optional[Sequence[int]],  # noqa: UP045
+    dtype: Optional[torch.dtype],  # noqa: UP045
+    backend: str,
+) -> Tensor:
+    coefficients: CoefficientsLike | None = name or None
+    if lengths:
+        values = iter(numbers)
+        rows = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
+        coefficients = rows
+        if normalization:
+            positions = None if restarts is None else tuple(restarts)
+            coefficients = Coefficients(name, rows, normalization, safety, lower_bound, positions)
+    return _orthogonalize(x, method, coefficients, dtype, backend).contiguous()
+
+
+@_orthogonalize_op.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

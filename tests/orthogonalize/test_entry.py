@@ -185,3 +185,33 @@ def test_user_coefficients_of_every_degree_run(method):
     result = orthogonalize(x, method=method, coefficients=mixed, dtype=torch.float64)
     identity = torch.eye(16)
     assert (result @ result.mT - identity).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_torch_compile_takes_it_whole(method):
+    x = gaussian(2, 24, 40).mT
+
+    def call(t):
+        return orthogonalize(2 * t, method=method) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), call(x))
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    ["you", [(3.0, -3.2, 1.2), (1.5, -0.5, 0.0)], Coefficients("own", ((3.0, -3.2, 1.2),) * 3)],
+)
+def test_torch_compile_takes_all_kinds_of_coefficients(coefficients):
+    x = gaussian(24, 40)
+
+    def call(t):
+        return orthogonalize(t, method="gram", coefficients=coefficients, dtype=torch.float64)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), call(x))
+
+
+def test_the_operator_for_torch_compile_is_well_formed():
+    arguments = (gaussian(3, 8, 5), "gram", "", [], [], "", 1.0, None, None, None, "auto")
+    torch.library.opcheck(torch.ops.flashns_dist.orthogonalize.default, arguments)
