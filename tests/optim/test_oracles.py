@@ -184,6 +184,7 @@ def test_stochastic_rounding_keeps_small_updates_on_average() -> None:
     assert (nearest.detach()[where] == 1).all(), "each step is below half a unit in the last place"
     moved = 1 - stochastic.detach().float()[where].mean()
     assert 0.5 * 0.04 < moved < 1.5 * 0.04
+    assert (stochastic.detach()[where] < 1).all(), "the bits differ from step to step"
     assert (stochastic.detach()[~where] - 1).abs().mean() < 1e-3
 
 
