@@ -44,5 +44,5 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (two or three minutes) ..."
-	DS_BUILD_OPS=0 $(INSTALL) --editable '.[train,dev,triton,deepspeed]'
+	DS_BUILD_OPS=0 $(INSTALL) --editable '.[train,dev,triton,deepspeed,megatron]'
 	@touch $@ $(VENV)/train.stamp
