@@ -4,13 +4,28 @@ from flashns_dist.layout.dtensor import placements_layout
 from flashns_dist.layout.fragment import Box, Fragment
 from flashns_dist.layout.layout import Layout, even_flat_layout, flat_layout, replicated_layout
 from flashns_dist.layout.matrix import Block, Piece, block_holders, leading_blocks, rank_pieces
+from flashns_dist.layout.views import (
+    QKV,
+    Equal,
+    Flattened,
+    MatrixView,
+    PackedExperts,
+    Sections,
+    view_blocks,
+)
 
 __all__ = [
+    "QKV",
     "Block",
     "Box",
+    "Equal",
+    "Flattened",
     "Fragment",
     "Layout",
+    "MatrixView",
+    "PackedExperts",
     "Piece",
+    "Sections",
     "block_holders",
     "even_flat_layout",
     "flat_layout",
@@ -18,4 +33,5 @@ __all__ = [
     "placements_layout",
     "rank_pieces",
     "replicated_layout",
+    "view_blocks",
 ]

@@ -79,6 +79,11 @@ class Layout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def boxes_tile(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> bool:
+    """Whether boxes hold every element of an array exactly once."""
+    return sum(box.numel for box in boxes) == prod(shape) and _tiles(shape, boxes)
+
+
 _PRIME = 2**61 - 1
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 from math import prod
+from operator import mul
 
 from torch import Tensor
 
@@ -17,21 +18,30 @@ from flashns_dist.layout.layout import Layout
 class Block:
     """Boxes of a parameter that together are one ``(rows, cols)`` matrix.
 
-    Each part, flattened row-major to ``cols`` columns, is some of the matrix's rows; the parts
-    follow one another. Most matrices are one box; the queries of a fused QKV weight that is ordered
-    by query group are one box per group.
+    Each part, flattened row-major to ``cols`` columns, is some of the matrix's rows; with
+    ``axis=1``, flattened to ``rows`` rows, some of its columns. The parts follow one another. Most
+    matrices are one box; the queries of a fused QKV weight that is ordered by query group are one
+    box per group.
     """
 
     parts: tuple[Box, ...]
     rows: int
     cols: int
+    axis: int = 0
 
     def __post_init__(self) -> None:
         stored = sum(part.numel for part in self.parts)
-        if stored != self.rows * self.cols or any(part.numel % self.cols for part in self.parts):
+        if stored != self.rows * self.cols or not all(map(self._stacks, self.parts)):
+            by = "beside each other " if self.axis else ""
             raise ValueError(
-                f"the parts {self.parts} do not stack to a ({self.rows}, {self.cols}) matrix"
+                f"the parts {self.parts} do not stack {by}to a ({self.rows}, {self.cols}) matrix"
             )
+
+    def _stacks(self, part: Box) -> bool:
+        if self.axis == 0:
+            return part.numel % self.cols == 0
+        # Columns of the matrix are strided: a view splits its dims, but merges none.
+        return self.rows in accumulate(part.size, mul)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,9 +56,10 @@ class Block:
             box: A box of the parameter inside that part; the view is shaped like it.
         """
         whole = self.parts[part]
-        begin = sum(earlier.numel for earlier in self.parts[:part]) // self.cols
-        rows = matrix.narrow(0, begin, whole.numel // self.cols).view(whole.size)
-        return rows if box == whole else rows[box.slices_in(whole)]
+        across = self.rows if self.axis else self.cols
+        begin = sum(earlier.numel for earlier in self.parts[:part]) // across
+        held = matrix.narrow(self.axis, begin, whole.numel // across).view(whole.size)
+        return held if box == whole else held[box.slices_in(whole)]
 
 
 @dataclass(frozen=True)

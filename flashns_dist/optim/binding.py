@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashns_dist.layout import Block, Layout, leading_blocks, placements_layout, replicated_layout
+from flashns_dist.layout import (
+    Block,
+    Layout,
+    MatrixView,
+    placements_layout,
+    replicated_layout,
+    view_blocks,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +87,11 @@ def check_gradient(name: str, storage: Tensor, grad: Tensor) -> None:
 
 
 def bind_parameter(
-    name: str, param: Tensor, group_index: int, replica_group: dist.ProcessGroup | None
+    name: str,
+    param: Tensor,
+    group_index: int,
+    replica_group: dist.ProcessGroup | None,
+    blocks: tuple[Block, ...] = (),
 ) -> BoundParameter:
     """Bind a DTensor by its placements, or a plain tensor as a replica on ``replica_group``.
 
@@ -91,7 +103,6 @@ def bind_parameter(
             the placements say.
     """
     shape = tuple(int(size) for size in param.shape)
-    blocks = leading_blocks(shape) if len(shape) >= 2 else ()
     mesh = getattr(param, "device_mesh", None)
     if mesh is None:
         size = dist.get_world_size(replica_group) if replica_group is not None else 1
@@ -122,6 +133,47 @@ def bind_parameter(
     return BoundParameter(
         name, param, group_index, layout, process_group, group_rank, local_part, blocks
     )
+
+
+def parameter_blocks(
+    name: str, shape: Sequence[int], group: Mapping[str, Any]
+) -> tuple[Block, ...]:
+    """The matrices of a parameter, none of an auxiliary one. For adapters too.
+
+    Args:
+        name: Of the parameter; a group's ``"matrix_view"`` may differ from name to name.
+        shape: Global shape.
+        group: Parameter group: ``update_rule``, ``matrix_view``.
+
+    Raises:
+        ValueError: The group's view does not fit the shape.
+    """
+    view = group_view(name, group)
+    if group["update_rule"] == "adamw" or (view is None and len(shape) < 2):
+        return ()
+    return view_blocks(name, shape, view)
+
+
+def group_view(name: str, group: Mapping[str, Any]) -> MatrixView | None:
+    """The view of the parameter ``name``: the group's, or that of the first pattern it matches."""
+    view = group.get("matrix_view")
+    if not isinstance(view, Mapping):
+        return view
+    if name in view:
+        return view[name]  # type: ignore[no-any-return]
+    return next((v for pattern, v in view.items() if fnmatchcase(name, pattern)), None)
+
+
+def check_view_names(names: Sequence[str], group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a ``matrix_view`` pattern that matches no parameter of the group."""
+    view = group.get("matrix_view")
+    patterns = list(view) if isinstance(view, Mapping) else []
+    unused = [p for p in patterns if p not in names and not any(fnmatchcase(n, p) for n in names)]
+    if unused:
+        raise ValueError(
+            f"matrix_view patterns {unused} match no parameter of their group, whose names begin "
+            f"with {list(names)[:3]}; pass (name, parameter) pairs, as parameter_groups does"
+        )
 
 
 def _identity(tensor: Tensor) -> Tensor:

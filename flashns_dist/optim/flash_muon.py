@@ -13,7 +13,13 @@ from torch.optim.optimizer import Optimizer
 from flashns_dist.exchange import Exchange, check_same_setup
 from flashns_dist.optim.adamw import adamw_step, init_adamw_state
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
-from flashns_dist.optim.binding import BoundParameter, bind_parameter
+from flashns_dist.optim.binding import (
+    BoundParameter,
+    bind_parameter,
+    check_view_names,
+    group_view,
+    parameter_blocks,
+)
 from flashns_dist.optim.learning_rate import AdjustLr, check_adjust_lr
 from flashns_dist.optim.rounding import element_noise, stochastic_round_
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
@@ -43,7 +49,8 @@ class FlashMuon(Optimizer):
         params: Parameters, named parameters, or groups as ``parameter_groups`` makes them. A
             group's ``"update_rule"`` is ``"muon"`` (default; parameters ``(n, m)``, or
             ``(experts, n, m)`` for a matrix each) or ``"adamw"`` (any shape). Any argument below
-            can be set per group.
+            can be set per group, and ``"matrix_view"`` (of ``flashns_dist.layout``, or a mapping
+            from name patterns to them): which parts of a parameter are matrices.
         lr: Learning rate of the matrices; times ``adjust_lr_fn``'s factor, the spectral norm of one
             step's change.
         weight_decay: Decoupled: a step multiplies the weights by ``1 - lr * weight_decay``.
@@ -119,6 +126,7 @@ class FlashMuon(Optimizer):
             "cautious": cautious,
             "rounding": rounding,
             "update_rule": "muon",
+            "matrix_view": None,
         }
         super().__init__(params, defaults)
 
@@ -140,6 +148,7 @@ class FlashMuon(Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
+            check_view_names([name for name, _ in self._named(before)], added)
             for name, param in self._named(before):
                 check_parameter(name, param, added)
         except ValueError:
@@ -177,7 +186,13 @@ class FlashMuon(Optimizer):
             return
         replica_group = self._replica_group()
         self._bound = [
-            bind_parameter(name, param, index, replica_group)
+            bind_parameter(
+                name,
+                param,
+                index,
+                replica_group,
+                parameter_blocks(name, param.shape, self.param_groups[index]),
+            )
             for index in range(len(self.param_groups))
             for name, param in self._named(index)
         ]
@@ -262,7 +277,7 @@ class FlashMuon(Optimizer):
                 group = self.param_groups[bound.group_index]
                 setting = [group[k] for k in ("update_rule", "nesterov", "cautious", "rounding")]
                 dtype, kind = bound.storage.dtype, self._kind(bound)
-                digest = f"{bound.layout.digest}:{dtype}:{setting}:{kind}:{len(bound.blocks)}"
+                digest = f"{bound.layout.digest}:{dtype}:{setting}:{kind}:{hash(bound.blocks)}"
                 entries.append((bound.name, digest))
             matrices = self._matrices(indices)
             digest = "none"
@@ -435,10 +450,15 @@ def check_parameter(name: str, param: Tensor, group: dict[str, Any]) -> None:
         )
     if group["rounding"] == "stochastic" and param.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}: stochastic rounding is for bf16, not {param.dtype}")
-    if group["update_rule"] == "muon" and not 2 <= param.ndim <= 3:
+    if group["update_rule"] == "adamw":
+        return
+    if group_view(name, group) is not None:
+        parameter_blocks(name, param.shape, group)
+    elif not 2 <= param.ndim <= 3:
         raise ValueError(
             f"{name}: shape {tuple(param.shape)} is not a matrix or a stack of matrices; put it "
-            'into a group with update_rule="adamw" (parameter_groups does) or view it as a matrix'
+            'into a group with update_rule="adamw" (parameter_groups does), or give the group a '
+            "matrix_view (Flattened() for convolutions)"
         )
 
 
