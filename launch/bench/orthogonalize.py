@@ -36,7 +36,7 @@ from flashns_dist.testing.spectra import (
     polar_factor,
     spectra,
 )
-from launch.bench.peers import SLOW, Orthogonalize, peers
+from launch.bench.peers import COMPILED, SLOW, Orthogonalize, peers
 from launch.bench.timing import Record, eager, graphed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,13 +97,13 @@ def usable_backends() -> tuple[str, ...]:
     return tuple(found)
 
 
-def precompile(shapes: list[tuple[int, int, int]], deadline: float) -> None:
-    """Runs every method on every shape in several processes, which share Triton's disk cache."""
+def precompile(shapes: list[tuple[int, int, int]], names: list[str], deadline: float) -> None:
+    """Runs ``names`` on every shape in several processes, which share the caches on the disk."""
     if DEVICE == "cpu":
         return
     begin = time.monotonic()
     # Neighbouring tasks differ in method and shape, so that processes compile different kernels.
-    tasks = [(method, shape) for shape in shapes for method in METHODS]
+    tasks = [(name, shape) for shape in shapes for name in names]
     tasks = [task for start in range(7) for task in tasks[start::7]]
     processes = max(1, min(12, (os.cpu_count() or 2) - 2))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -120,10 +120,11 @@ def precompile(shapes: list[tuple[int, int, int]], deadline: float) -> None:
     print(f"[compiled in {time.monotonic() - begin:.0f} s]", flush=True)
 
 
-def _compile_one(method: str, shape: tuple[int, int, int]) -> None:
+def _compile_one(name: str, shape: tuple[int, int, int]) -> None:
     os.environ["FLASHNS_DIST_TUNE"] = "0"  # not while others use the device
     x = torch.randn(shape, device=DEVICE).to(torch.bfloat16)
-    _bound(method, "auto")(x)
+    call = peers(compiled=True)[0][COMPILED] if name == COMPILED else _bound(name, "auto")
+    call(x)
     torch.cuda.synchronize()
     del x
     torch.cuda.empty_cache()
@@ -205,12 +206,12 @@ def slow_peers(
     reserve: float,
 ) -> None:
     """Adds to the rows the peers that take ``reserve`` seconds at a new shape, as time permits."""
-    for row in rows:
-        x = torch.randn(row["shape"], device=DEVICE).to(torch.bfloat16)
-        for name, call in candidates.items():
+    for name, call in candidates.items():
+        for row in rows:
             if time.monotonic() + reserve > deadline:
                 print(f"no time for {name} on {row['shape']} and after")
-                return
+                break
+            x = torch.randn(row["shape"], device=DEVICE).to(torch.bfloat16)
             times = _times(record, row["group"], name, call, x, row["rate"])
             if times:
                 row[name] = times
@@ -353,13 +354,12 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also peers that compile")
     parser.add_argument("--tune", action="store_true", help="measure configurations first")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the script out")
+    parser.add_argument(
+        "--reserve", type=float, default=60.0, help="seconds that a peer that compiles may need"
+    )
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     groups = options.shapes.split(",")
-    if not options.accuracy_only:
-        precompile([shape for _, shape in _shapes(groups, options.smoke)], deadline)
-    if options.tune:
-        os.environ["FLASHNS_DIST_TUNE"] = "1"
     record = Record(options.out / "orthogonalize.jsonl")
     found, missing = peers(options.compiled)
     for line in missing:
@@ -368,6 +368,13 @@ def main() -> None:
     if options.candidates:
         keep = options.candidates.split(";")
         candidates = {name: call for name, call in candidates.items() if name in keep}
+    if not options.accuracy_only:
+        names = [name for name in candidates if name in METHODS or name == COMPILED]
+        if "auto" in candidates:
+            names = [*METHODS, *(name for name in names if name == COMPILED)]
+        precompile([shape for _, shape in _shapes(groups, options.smoke)], names, deadline)
+    if options.tune:
+        os.environ["FLASHNS_DIST_TUNE"] = "1"
     slow = {name: call for name, call in candidates.items() if name in SLOW}
     quick = {name: call for name, call in candidates.items() if name not in SLOW}
     rows: list[dict[str, Any]] = []
@@ -378,7 +385,7 @@ def main() -> None:
         sizes = (32,) if options.smoke else tuple(map(int, options.sizes.split(",")))
         accuracy(record, quick, sizes, deadline)
     if rows and slow:
-        slow_peers(record, slow, rows, deadline, 0.0 if options.smoke else 60.0)
+        slow_peers(record, slow, rows, deadline, 0.0 if options.smoke else options.reserve)
         _publish(record, rows, options.out)
 
 

@@ -14,8 +14,24 @@ Orthogonalize = Callable[[Tensor], Tensor]
 CARRIED = Path(__file__).parents[2] / ".carry"
 """Where packages may lie that are not installed (dion's sources, say)."""
 
-SLOW = ("dion triton", "torch.optim.Muon", "gram-newton-schulz compiled")
+COMPILED = "gram-newton-schulz compiled"
+SLOW = (COMPILED, "dion triton", "torch.optim.Muon")
 """Peers that tune or compile for up to a minute per shape, or run matrix by matrix."""
+
+
+class _PerShape:
+    """A compiled function made anew for every shape, so that no limit on recompiling is reached."""
+
+    def __init__(self, make: Callable[[], Orthogonalize]) -> None:
+        self._make = make
+        self._shape: torch.Size | None = None
+        self._call: Orthogonalize | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._call is None or x.shape != self._shape:
+            torch.compiler.reset()
+            self._call, self._shape = self._make(), x.shape
+        return self._call(x)
 
 
 def peers(compiled: bool) -> tuple[dict[str, Orthogonalize], list[str]]:
@@ -33,7 +49,7 @@ def peers(compiled: bool) -> tuple[dict[str, Orthogonalize], list[str]]:
         found["gram-newton-schulz"] = module.GramNewtonSchulz(compile_kwargs=None)
         if compiled:
             # fullgraph and CUDA graphs, as upstream would have it.
-            found["gram-newton-schulz compiled"] = module.GramNewtonSchulz()
+            found[COMPILED] = _PerShape(module.GramNewtonSchulz)
     except Exception as error:
         missing.append(f"gram-newton-schulz: {type(error).__name__}: {error}")
     try:

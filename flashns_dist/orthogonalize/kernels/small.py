@@ -17,7 +17,7 @@ MAX_COLUMNS = 2048
 """Up to here ``shrink_factors`` runs in one program per matrix, which makes three passes of
 ``n / 64`` blocks. Beyond, separate operations spread the work, and launching them does not show."""
 
-FUSED_ON_GPUS = False
+FUSED_ON_GPUS = True
 """Whether these kernels run on GPUs. They pass in Triton's interpreter and compile for sm_80 to
 sm_90, but have not run on a GPU yet: measure them (``launch.bench.orthogonalize``) first."""
 
