@@ -4,6 +4,7 @@ from flashns_dist.layout.dtensor import placements_layout
 from flashns_dist.layout.fragment import Box, Fragment
 from flashns_dist.layout.layout import Layout, even_flat_layout, flat_layout, replicated_layout
 from flashns_dist.layout.matrix import Block, Piece, block_holders, leading_blocks, rank_pieces
+from flashns_dist.layout.split import Split
 from flashns_dist.layout.views import (
     QKV,
     Equal,
@@ -26,6 +27,7 @@ __all__ = [
     "PackedExperts",
     "Piece",
     "Sections",
+    "Split",
     "block_holders",
     "even_flat_layout",
     "flat_layout",

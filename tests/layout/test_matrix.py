@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from flashns_dist.layout import (
+    QKV,
     Block,
     Box,
     Layout,
+    PackedExperts,
+    Sections,
+    Split,
     block_holders,
     flat_layout,
     leading_blocks,
@@ -67,9 +71,10 @@ def fused_qkv(num_groups: int, per_group: int, head: int, cols: int) -> dict[str
 
 def expected_matrix(block: Block, shape: tuple[int, ...]) -> Tensor:
     whole = Box((0,) * len(shape), shape)
-    return torch.cat(
-        [numbered(shape)[part.slices_in(whole)].reshape(-1, block.cols) for part in block.parts]
-    )
+    parts = [numbered(shape)[part.slices_in(whole)] for part in block.parts]
+    if block.axis == 1:
+        return torch.cat([part.reshape(block.rows, -1) for part in parts], dim=1)
+    return torch.cat([part.reshape(-1, block.cols) for part in parts])
 
 
 def gathered(layout: Layout, block: Block, locals_: list[Tensor], replica: int) -> Tensor:
@@ -160,6 +165,10 @@ CASES = {
         (Block((Box((0, 0), (5, 6)),), 5, 6), Block((Box((5, 0), (5, 6)),), 5, 6)),
     ),
     "convolution": ((4, 3, 2, 2), (Block((Box((0, 0, 0, 0), (4, 3, 2, 2)),), 4, 12),)),
+    "QKV in columns, by group": ((5, 24), QKV(6, 3, order="grouped", dim=1)((5, 24))),
+    "columns of experts": ((2, 5, 9), Sections((2, 1), dim=1, repeats=3)((2, 5, 9))),
+    "experts across rows": ((7, 12), PackedExperts(4, 7)((7, 12))),
+    "transposed": ((6, 4), Split(lambda w: [w.T])((6, 4))),
 }
 
 
