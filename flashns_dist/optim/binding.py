@@ -21,6 +21,8 @@ from flashns_dist.layout import (
     view_blocks,
 )
 
+AUXILIARY = ("adamw", "lion")  # update rules of parameters that are no matrices
+
 
 @dataclass(frozen=True, eq=False)
 class BoundParameter:
@@ -149,7 +151,7 @@ def parameter_blocks(
         ValueError: The group's view does not fit the shape.
     """
     view = group_view(name, group)
-    if group["update_rule"] == "adamw" or (view is None and len(shape) < 2):
+    if group["update_rule"] in AUXILIARY or (view is None and len(shape) < 2):
         return ()
     return view_blocks(name, shape, view)
 

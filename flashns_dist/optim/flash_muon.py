@@ -11,28 +11,30 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from flashns_dist.exchange import Exchange, check_same_setup
-from flashns_dist.optim.adamw import adamw_step, init_adamw_state
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.binding import (
     BoundParameter,
     bind_parameter,
     check_view_names,
-    group_view,
     parameter_blocks,
 )
-from flashns_dist.optim.learning_rate import AdjustLr, check_adjust_lr
-from flashns_dist.optim.rounding import element_noise, stochastic_round_
-from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
-from flashns_dist.optim.step import ExchangeOptions, MatrixStep, plan_matrices, rounding_seed
-from flashns_dist.orthogonalize import (
-    POLAR_EXPRESS,
-    Coefficients,
-    orthogonalize,
-    resolve_coefficients,
+from flashns_dist.optim.learning_rate import AdjustLr
+from flashns_dist.optim.rounding import element_noise, rounding_seed, stochastic_round_
+from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES
+from flashns_dist.optim.rules.muon import resolve_ns_coefficients
+from flashns_dist.optim.settings import (
+    check_group,
+    check_known,
+    check_parameter,
+    init_state,
+    is_matrix_rule,
+    rule_settings,
 )
+from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
+from flashns_dist.optim.step import ExchangeOptions, MatrixStep, plan_matrices
+from flashns_dist.orthogonalize import Coefficients
 
-UPDATE_RULES = ("muon", "adamw")
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_KEPT = ("nonfinite", "exchange_options", "_aux_defaults", "_settings")  # in pickles and copies
 
 
 class FlashMuon(Optimizer):
@@ -47,10 +49,11 @@ class FlashMuon(Optimizer):
 
     Args:
         params: Parameters, named parameters, or groups as ``parameter_groups`` makes them. A
-            group's ``"update_rule"`` is ``"muon"`` (default; parameters ``(n, m)``, or
-            ``(experts, n, m)`` for a matrix each) or ``"adamw"`` (any shape). Any argument below
-            can be set per group, and ``"matrix_view"`` (of ``flashns_dist.layout``, or a mapping
-            from name patterns to them): which parts of a parameter are matrices.
+            group's ``"update_rule"`` is ``"muon"`` or another one for matrices (parameters
+            ``(n, m)``, or ``(experts, n, m)`` for a matrix each), or ``"adamw"`` or another one for
+            auxiliary parameters of any shape. Any argument below can be set per group, and
+            ``"matrix_view"`` (of ``flashns_dist.layout``, or a mapping from name patterns to them):
+            which parts of a parameter are matrices.
         lr: Learning rate of the matrices; times ``adjust_lr_fn``'s factor, the spectral norm of one
             step's change.
         weight_decay: Decoupled: a step multiplies the weights by ``1 - lr * weight_decay``.
@@ -71,6 +74,9 @@ class FlashMuon(Optimizer):
         nonfinite: What to do with a NaN or infinity in a gradient: ``"raise"`` on every rank, or
             ``"skip"`` the step on every rank. Weights and state are untouched either way.
         exchange: How matrices travel.
+        update_rule: Of the groups that name none: see ``docs/optimizers.md``.
+        settings: Settings that only some update rules have (``flashns_dist.optim.rules``), for the
+            groups whose rule has them.
 
     Raises:
         ValueError: An argument or a parameter is unsuitable; the message names it.
@@ -100,11 +106,15 @@ class FlashMuon(Optimizer):
         rounding: Literal["nearest", "stochastic"] = "nearest",
         nonfinite: Literal["raise", "skip"] = "raise",
         exchange: ExchangeOptions | None = None,
+        update_rule: str = "muon",
+        **settings: Any,
     ) -> None:
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f'nonfinite={nonfinite!r} is unknown; use "raise" or "skip"')
         self.nonfinite = nonfinite
         self.exchange_options = exchange or ExchangeOptions()
+        check_known(settings)
+        self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep] = {}
@@ -125,7 +135,7 @@ class FlashMuon(Optimizer):
             "eps": eps,
             "cautious": cautious,
             "rounding": rounding,
-            "update_rule": "muon",
+            "update_rule": update_rule,
             "matrix_view": None,
         }
         super().__init__(params, defaults)
@@ -139,11 +149,13 @@ class FlashMuon(Optimizer):
             ValueError: A setting or a parameter is unsuitable; the message names it.
         """
         group = dict(param_group)
-        if group.get("update_rule") == "adamw":
-            for key, value in self._aux_defaults.items():
-                group.setdefault(key, value)
-        settings = {**self.defaults, **group}
-        check_group(settings)
+        name = group.setdefault("update_rule", self.defaults["update_rule"])
+        specific = rule_settings(name, self._settings)
+        if name in AUXILIARY_RULES:
+            specific |= self._aux_defaults
+        for key, value in specific.items():
+            group.setdefault(key, value)
+        check_group({**self.defaults, **group})
         before = len(self.param_groups)
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -154,8 +166,9 @@ class FlashMuon(Optimizer):
         except ValueError:
             del self.param_groups[before:]
             raise
-        for _, param in self._named(before):
-            self.state[param].update(init_state(param, added))
+        for name, param in self._named(before):
+            blocks = parameter_blocks(name, param.shape, added)
+            self.state[param].update(init_state(param, added, blocks))
         self._unbind()
 
     def _named(self, group_index: int) -> list[tuple[str, Tensor]]:
@@ -204,7 +217,7 @@ class FlashMuon(Optimizer):
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: self.__dict__[k] for k in ("nonfinite", "exchange_options", "_aux_defaults")}
+        kept = {k: self.__dict__[k] for k in _KEPT}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -258,15 +271,18 @@ class FlashMuon(Optimizer):
         return [
             bound
             for bound in (self._bound[i] for i in indices)
-            if self.param_groups[bound.group_index]["update_rule"] == "muon"
+            if is_matrix_rule(self.param_groups[bound.group_index])
         ]
 
     def _kind(self, bound: BoundParameter) -> str:
         group = self.param_groups[bound.group_index]
+        if not is_matrix_rule(group):
+            return str(group["update_rule"])
         coefficients = resolve_ns_coefficients(group)
         digest = coefficients.digest if coefficients is not None else "default"
         settings = [group["method"], digest, group["ns_dtype"], group["backend"]]
-        return f"{settings}:{self.exchange_options.wire_dtype}"
+        rule = MATRIX_RULES[group["update_rule"]].kind(group)
+        return f"{rule}:{settings}:{self.exchange_options.wire_dtype}"
 
     def _check_setup(self) -> None:
         if self._checked:
@@ -275,7 +291,14 @@ class FlashMuon(Optimizer):
             entries = []
             for bound in (self._bound[i] for i in indices):
                 group = self.param_groups[bound.group_index]
-                setting = [group[k] for k in ("update_rule", "nesterov", "cautious", "rounding")]
+                keys = (
+                    "update_rule",
+                    "nesterov",
+                    "cautious",
+                    "rounding",
+                    *rule_settings(group["update_rule"], {}),
+                )
+                setting = [group[key] for key in keys]
                 dtype, kind = bound.storage.dtype, self._kind(bound)
                 digest = f"{bound.layout.digest}:{dtype}:{setting}:{kind}:{hash(bound.blocks)}"
                 entries.append((bound.name, digest))
@@ -328,20 +351,18 @@ class FlashMuon(Optimizer):
         active: Sequence[bool],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        muon = [
-            i
-            for i in indices
-            if self.param_groups[self._bound[i].group_index]["update_rule"] == "muon"
+        chosen = [
+            i for i in indices if is_matrix_rule(self.param_groups[self._bound[i].group_index])
         ]
-        flags = tuple(active[i] for i in muon)
+        flags = tuple(active[i] for i in chosen)
         if not any(flags):
             return
         key = (number, flags)
         if key not in self._steps:
             self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
-            self._steps[key] = self._matrix_step([self._bound[i] for i in muon], flags)
-        self._count_steps([self._bound[i] for i in muon if active[i]])
-        self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in muon])
+            self._steps[key] = self._matrix_step([self._bound[i] for i in chosen], flags)
+        self._count_steps([self._bound[i] for i in chosen if active[i]])
+        self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in chosen])
 
     def _matrix_step(self, bound: list[BoundParameter], flags: tuple[bool, ...]) -> MatrixStep:
         kinds = [self._kind(b) for b in bound]
@@ -354,7 +375,7 @@ class FlashMuon(Optimizer):
             first.local(first.storage).device,
             self.exchange_options.wire_dtype,
         )
-        return MatrixStep(bound, plan, exchange, orthogonalize_batch)
+        return MatrixStep(bound, plan, exchange)
 
     def _count_steps(self, bound: Iterable[BoundParameter]) -> None:
         for storage in {id(b.storage): b.storage for b in bound}.values():
@@ -362,7 +383,7 @@ class FlashMuon(Optimizer):
 
     def _step_auxiliary(self, active: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
         for group_index, group in enumerate(self.param_groups):
-            if group["update_rule"] != "adamw":
+            if is_matrix_rule(group):
                 continue
             chosen = [
                 i
@@ -382,7 +403,8 @@ class FlashMuon(Optimizer):
                 }
                 for b in bound
             ]
-            adamw_step(weights, local_gradients, states, group, _Writer(bound, states, group))
+            rule = AUXILIARY_RULES[group["update_rule"]]
+            rule.step(weights, local_gradients, states, group, _Writer(bound, states, group))
 
     # Checkpoints ------------------------------------------------------------------------------
 
@@ -403,7 +425,7 @@ class FlashMuon(Optimizer):
 
 
 class _Writer:
-    """Writes fp32 results of AdamW into weights of lower precision."""
+    """Writes fp32 results of auxiliary rules into weights of lower precision."""
 
     def __init__(
         self, bound: list[BoundParameter], states: list[dict[str, Tensor]], group: dict[str, Any]
@@ -416,82 +438,10 @@ class _Writer:
         if self._group["rounding"] == "nearest":
             weight.copy_(value)
             return
-        seed = int(self._states[index]["step"].item()) * 1_000_003 + rounding_seed(bound.name)
+        seed = rounding_seed(bound.name, int(self._states[index]["step"].item()))
         for fragment in bound.layout.fragments[bound.group_rank]:
             noise = element_noise(seed, fragment.box, bound.layout.shape, weight.device)
             stochastic_round_(fragment.view(weight), fragment.view(value), noise)
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for a setting out of range, naming it."""
-    if group["update_rule"] not in UPDATE_RULES:
-        raise ValueError(f"update_rule={group['update_rule']!r}: use one of {UPDATE_RULES}")
-    for key in ("lr", "weight_decay", "eps"):
-        if not float(group[key]) >= 0:
-            raise ValueError(f"{key}={group[key]} must not be negative")
-    if not 0 <= float(group["momentum"]) < 1:
-        raise ValueError(f"momentum={group['momentum']} must be in [0, 1)")
-    if len(group["betas"]) != 2 or not all(0 <= float(b) < 1 for b in group["betas"]):
-        raise ValueError(f"betas={group['betas']} must be two numbers in [0, 1)")
-    if group["rounding"] not in ("nearest", "stochastic"):
-        raise ValueError(f'rounding={group["rounding"]!r}: use "nearest" or "stochastic"')
-    check_adjust_lr(group["adjust_lr_fn"])
-    resolve_ns_coefficients(group)
-    if group["update_rule"] == "muon":
-        orthogonalize_batch(torch.zeros(0, 2, 2), group)
-
-
-def check_parameter(name: str, param: Tensor, group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that its group's update rule cannot take."""
-    if param.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name}: dtype {param.dtype} is not supported; parameters must be fp32, fp64, bf16 or "
-            "fp16"
-        )
-    if group["rounding"] == "stochastic" and param.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}: stochastic rounding is for bf16, not {param.dtype}")
-    if group["update_rule"] == "adamw":
-        return
-    if group_view(name, group) is not None:
-        parameter_blocks(name, param.shape, group)
-    elif not 2 <= param.ndim <= 3:
-        raise ValueError(
-            f"{name}: shape {tuple(param.shape)} is not a matrix or a stack of matrices; put it "
-            'into a group with update_rule="adamw" (parameter_groups does), or give the group a '
-            "matrix_view (Flattened() for convolutions)"
-        )
-
-
-def init_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Zero state in the parameter's sharding, in fp32 (fp64 for fp64 parameters)."""
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    if group["update_rule"] == "adamw":
-        return init_adamw_state(param.detach(), dtype)
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        "momentum_buffer": torch.zeros_like(param.detach(), dtype=dtype),
-    }
-
-
-def resolve_ns_coefficients(group: dict[str, Any]) -> Coefficients | None:
-    """The group's coefficients as an object; None for the method's own."""
-    given = group["ns_coefficients"]
-    if given is None:
-        return None
-    if isinstance(given, list | tuple) and all(isinstance(v, int | float) for v in given):
-        given = [given] * int(group["ns_steps"])
-    return resolve_coefficients(given, POLAR_EXPRESS)
-
-
-def orthogonalize_batch(batch: Tensor, group: dict[str, Any]) -> Tensor:
-    """Orthogonalize a ``(batch, rows, cols)`` stack as a parameter group asks."""
-    return orthogonalize(
-        batch,
-        method=group["method"],
-        coefficients=resolve_ns_coefficients(group),
-        dtype=group["ns_dtype"],
-        backend=group["backend"],
-    )
-
-
-__all__ = ["FlashMuon"]
+__all__ = ["FlashMuon", "init_state"]

@@ -23,6 +23,14 @@ def stochastic_round_(target: Tensor, value: Tensor, noise: Tensor) -> None:
     target.copy_(torch.where(value.isfinite(), rounded, value))
 
 
+def rounding_seed(name: str, step: int) -> int:
+    """A number from a parameter's name and step, the same in every process."""
+    seed = 0
+    for byte in name.encode():
+        seed = (seed * 131 + byte) % 2_147_483_647
+    return step * 1_000_003 + seed
+
+
 def element_noise(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Sixteen random bits per element, from its global position alone.
 

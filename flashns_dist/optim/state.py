@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from flashns_dist.optim.rules import AUXILIARY_RULES
+
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 
 
@@ -68,7 +70,9 @@ def restore_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 rule = next(
                     g for g in optimizer.param_groups if any(p is param for p in g["params"])
                 )
-                where = loaded.device if rule.get("update_rule") == "muon" else param.device
+                where = (
+                    param.device if rule.get("update_rule") in AUXILIARY_RULES else loaded.device
+                )
                 optimizer.state[param][name] = value.to(device=where, dtype=torch.float32).clone()
             elif loaded.dtype != dtype or value.dtype != param.dtype:
                 optimizer.state[param][name] = value.to(device=param.device, dtype=dtype)

@@ -1,8 +1,8 @@
-"""The one step loop: momentum, gather, orthogonalize, scatter, update, bucket by bucket."""
+"""The one step loop: rules' hooks and the exchange, bucket by bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from flashns_dist.exchange import Exchange, Transfer
 from flashns_dist.optim.binding import BoundParameter
-from flashns_dist.optim.learning_rate import learning_rate_scale
-from flashns_dist.optim.muon import apply_update, momentum_direction
-from flashns_dist.optim.rounding import element_noise, stochastic_round_
+from flashns_dist.optim.pieces import Pieces, Run
+from flashns_dist.optim.rules import MATRIX_RULES, MatrixRule
 from flashns_dist.plan import CostModel, Matrix, Plan, make_plan
 
 
@@ -51,9 +50,6 @@ class ExchangeOptions:
             raise ValueError(
                 f'replica_group={self.replica_group!r}: use "world", None or a process group'
             )
-
-
-Orthogonalizer = Callable[[Tensor, dict[str, Any]], Tensor]
 
 
 def plan_matrices(
@@ -93,20 +89,12 @@ class MatrixStep:
         bound: The matrix parameters of one process group.
         plan: Made for the active ones of them.
         exchange: Made for the plan.
-        orthogonalize: Maps a ``(batch, rows, cols)`` batch and its parameter group to the results.
     """
 
-    def __init__(
-        self,
-        bound: Sequence[BoundParameter],
-        plan: Plan,
-        exchange: Exchange,
-        orthogonalize: Orthogonalizer,
-    ) -> None:
+    def __init__(self, bound: Sequence[BoundParameter], plan: Plan, exchange: Exchange) -> None:
         self._bound = bound
         self._plan = plan
         self._exchange = exchange
-        self._orthogonalize = orthogonalize
 
     def run(
         self,
@@ -116,65 +104,71 @@ class MatrixStep:
     ) -> None:
         """One step.
 
-        Collectives: two ``all_to_all_single`` per bucket on the process group.
+        Collectives: two ``all_to_all_single`` per bucket on the process group, and those of the
+        rules.
 
         Args:
             groups: ``param_groups`` of the optimizer.
             state: Its state.
             gradients: This rank's part of each bound parameter's gradient; None counts as zero.
         """
-        views = _Views(self._bound, state, gradients)
+        run = Run(self._bound, self._plan, self._exchange, groups, state, gradients)
+        present = sorted({run.group_of(i) for i in range(len(self._plan.matrices))})
+        for group_index in present:
+            _rule(groups[group_index]).begin(run, group_index)
+        self._run_buckets(run)
+        for group_index in present:
+            _rule(groups[group_index]).end(run, group_index)
+
+    def _run_buckets(self, run: Run) -> None:
+        """Bucket k + 1 is gathered and bucket k - 1 scattered while k is on its owners."""
         exchange, num_buckets = self._exchange, len(self._plan.buckets)
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
         for bucket in range(num_buckets + 1):
             if bucket < num_buckets:
-                directions = self._directions(bucket, groups, views)
-                gathers[bucket] = exchange.start_gather(bucket, directions)
+                gathers[bucket] = exchange.start_gather(bucket, self._before(bucket, run))
             if bucket > 0:
-                results = self._results(bucket - 1, groups, gathers.pop(bucket - 1))
+                results = self._on_owner(bucket - 1, run, gathers.pop(bucket - 1))
                 scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
             if bucket > 1:
-                self._update(bucket - 2, groups, views, scatters.pop(bucket - 2))
+                self._after(bucket - 2, run, scatters.pop(bucket - 2))
         if num_buckets:
-            self._update(num_buckets - 1, groups, views, scatters.pop(num_buckets - 1))
+            self._after(num_buckets - 1, run, scatters.pop(num_buckets - 1))
 
-    def _held_by_group(self, bucket: int) -> dict[int, list[int]]:
-        """Positions of the bucket's held pieces by parameter group."""
-        found: dict[int, list[int]] = {}
-        for position, (index, _) in enumerate(self._exchange.schedules[bucket].held):
-            bound = self._bound[self._plan.matrices[index].tensor]
-            found.setdefault(bound.group_index, []).append(position)
-        return found
-
-    def _directions(
-        self, bucket: int, groups: Sequence[dict[str, Any]], views: _Views
-    ) -> list[Tensor]:
+    def _pieces(self, bucket: int, run: Run) -> list[tuple[Pieces, list[int]]]:
+        """The bucket by parameter group, with the positions of its pieces among the held ones."""
         held = self._exchange.schedules[bucket].held
-        gradients, momenta = [], []
-        for index, piece in held:
-            tensor = self._plan.matrices[index].tensor
-            momentum = piece.view(views.momenta[tensor])
-            gradient = views.gradients[tensor]
-            gradients.append(
-                torch.zeros_like(momentum) if gradient is None else piece.view(gradient)
+        positions: dict[int, list[int]] = {}
+        for position, (index, _) in enumerate(held):
+            positions.setdefault(run.group_of(index), []).append(position)
+        matrices: dict[int, list[int]] = {}
+        for index in self._plan.buckets[bucket]:
+            matrices.setdefault(run.group_of(index), []).append(index)
+        return [
+            (
+                Pieces(
+                    run,
+                    run.groups[group_index],
+                    tuple(indices),
+                    tuple(held[p] for p in positions.get(group_index, [])),
+                ),
+                positions.get(group_index, []),
             )
-            momenta.append(momentum)
+            for group_index, indices in sorted(matrices.items())
+        ]
+
+    def _before(self, bucket: int, run: Run) -> list[Tensor]:
+        held = self._exchange.schedules[bucket].held
         directions: list[Tensor] = [torch.empty(0)] * len(held)
-        for group_index, positions in self._held_by_group(bucket).items():
-            found = momentum_direction(
-                [gradients[p] for p in positions],
-                [momenta[p] for p in positions],
-                groups[group_index],
-            )
+        for pieces, positions in self._pieces(bucket, run):
+            found = _rule(pieces.group).before(pieces)
             for position, direction in zip(positions, found, strict=True):
                 directions[position] = direction
         return directions
 
-    def _results(
-        self, bucket: int, groups: Sequence[dict[str, Any]], gather: Transfer
-    ) -> dict[int, Tensor]:
-        """Gather the owned matrices into batches of equal shape and kind, and orthogonalize."""
+    def _on_owner(self, bucket: int, run: Run, gather: Transfer) -> dict[int, Tensor]:
+        """Gather the owned matrices into batches of equal shape and kind, and compute updates."""
         schedule = self._exchange.schedules[bucket]
         batches: dict[tuple[tuple[int, int], str], list[int]] = {}
         for index in schedule.owned:
@@ -190,75 +184,17 @@ class MatrixStep:
         self._exchange.finish_gather(bucket, gather, inputs)
         results: dict[int, Tensor] = {}
         for stack, indices in stacks:
-            group = groups[self._bound[self._plan.matrices[indices[0]].tensor].group_index]
-            outputs = self._orthogonalize(stack, group)
+            group = run.groups[run.group_of(indices[0])]
+            outputs = _rule(group).on_owner(run, indices, stack, group)
             for slot, index in enumerate(indices):
                 results[index] = outputs[slot]
         return results
 
-    def _update(
-        self, bucket: int, groups: Sequence[dict[str, Any]], views: _Views, scatter: Transfer
-    ) -> None:
+    def _after(self, bucket: int, run: Run, scatter: Transfer) -> None:
         updates = self._exchange.finish_scatter(bucket, scatter)
-        held = self._exchange.schedules[bucket].held
-        by_scale: dict[tuple[int, float], list[int]] = {}
-        for position, (index, _) in enumerate(held):
-            matrix = self._plan.matrices[index]
-            group_index = self._bound[matrix.tensor].group_index
-            scale = learning_rate_scale(groups[group_index]["adjust_lr_fn"], matrix.block.shape)
-            by_scale.setdefault((group_index, scale), []).append(position)
-        for (group_index, scale), positions in by_scale.items():
-            group = groups[group_index]
-            weights = [
-                held[p][1].view(views.weights[self._plan.matrices[held[p][0]].tensor])
-                for p in positions
-            ]
-            full = [w if w.dtype in (torch.float32, torch.float64) else w.float() for w in weights]
-            apply_update(
-                full,
-                [updates[p] for p in positions],
-                lr=float(group["lr"]),
-                scale=scale,
-                weight_decay=float(group["weight_decay"]),
-                cautious=bool(group["cautious"]),
-            )
-            for position, weight, value in zip(positions, weights, full, strict=True):
-                if value is not weight:
-                    index, piece = held[position]
-                    tensor = self._plan.matrices[index].tensor
-                    views.write(tensor, piece.box, weight, value, group["rounding"])
+        for pieces, positions in self._pieces(bucket, run):
+            _rule(pieces.group).after(pieces, [updates[p] for p in positions])
 
 
-class _Views:
-    """This rank's parts of weights, momenta and gradients, by parameter."""
-
-    def __init__(
-        self,
-        bound: Sequence[BoundParameter],
-        state: Mapping[Tensor, dict[str, Any]],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
-        self._bound = bound
-        self._state = state
-        self.gradients = gradients
-        self.weights = [b.local(b.storage) for b in bound]
-        self.momenta = [b.local(state[b.storage]["momentum_buffer"]) for b in bound]
-
-    def write(self, tensor: int, box: Any, weight: Tensor, value: Tensor, rounding: str) -> None:
-        """Write an fp32 value into a weight of lower precision."""
-        if rounding == "nearest":
-            weight.copy_(value)
-            return
-        bound = self._bound[tensor]
-        step = int(self._state[bound.storage]["step"].item())
-        seed = step * 1_000_003 + rounding_seed(bound.name)
-        noise = element_noise(seed, box, bound.layout.shape, weight.device)
-        stochastic_round_(weight, value, noise)
-
-
-def rounding_seed(name: str) -> int:
-    """A number from a parameter's name, the same in every process."""
-    seed = 0
-    for byte in name.encode():
-        seed = (seed * 131 + byte) % 2_147_483_647
-    return seed
+def _rule(group: Mapping[str, Any]) -> MatrixRule:
+    return MATRIX_RULES[group["update_rule"]]

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from flashns_dist.layout import Block
+from flashns_dist.optim.rules.rule import AuxiliaryRule
+
+
+class AdamW(AuxiliaryRule):
+    """AdamW (arXiv 1711.05101), as ``torch.optim.AdamW``."""
+
+    name = "adamw"
+    local_states = ("exp_avg", "exp_avg_sq")
+
+    def init_state(
+        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
+    ) -> dict[str, Tensor]:
+        """Zero moments in the parameter's sharding; ``step`` on its device for the fused kernel."""
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        device = getattr(param, "_local_tensor", param).device
+        zeros = {name: torch.zeros_like(param, dtype=dtype) for name in self.local_states}
+        return {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
+
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+        write: Callable[[int, Tensor], None],
+    ) -> None:
+        adamw_step(weights, gradients, states, group, write)
+
 
 def adamw_step(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     states: Sequence[dict[str, Tensor]],
-    group: dict[str, Any],
+    group: Mapping[str, Any],
     write: Callable[[int, Tensor], None],
 ) -> None:
-    """One AdamW step, as ``torch.optim.AdamW``, on this rank's parts.
-
-    Args:
-        weights: This rank's parts. fp32 and fp64 are updated in place.
-        gradients: Same shapes, any float dtype.
-        states: ``exp_avg`` and ``exp_avg_sq`` (fp32 or fp64) and ``step`` of each.
-        group: Parameter group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
-        write: Called with (index, new value) for weights of lower precision, which are computed in
-            fp32.
-    """
+    """``AdamW.step``: ``exp_avg``, ``exp_avg_sq`` (fp32 or fp64) and ``step`` of each change."""
     beta1, beta2 = group["betas"]
     chosen = [i for i, weight in enumerate(weights) if weight.numel()]
     for i, weight in enumerate(weights):
@@ -59,13 +79,3 @@ def adamw_step(
 
 def _fused(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
-
-
-def init_adamw_state(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Zero moments in the weight's sharding; ``step`` on its device, as the fused kernel needs."""
-    device = getattr(weight, "_local_tensor", weight).device
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format),
-    }

@@ -1,0 +1,139 @@
+"""The Muon update rule: momentum, then the polar factor of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.optim.pieces import Pieces, Run
+from flashns_dist.optim.rules.rule import MatrixRule
+from flashns_dist.orthogonalize import (
+    POLAR_EXPRESS,
+    Coefficients,
+    orthogonalize,
+    resolve_coefficients,
+)
+
+
+class Muon(MatrixRule):
+    """Muon (arXiv 2502.16982), with ``torch.optim.Muon``'s momentum."""
+
+    name = "muon"
+
+    def before(self, pieces: Pieces) -> list[Tensor]:
+        momenta = pieces.state("momentum_buffer")
+        return momentum_direction(pieces.gradients(momenta), momenta, pieces.group)
+
+    def on_owner(
+        self, run: Run, indices: Sequence[int], batch: Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        return orthogonalize_batch(batch, group)
+
+    def after(self, pieces: Pieces, updates: Sequence[Tensor]) -> None:
+        update_weights(pieces, updates)
+
+
+def momentum_direction(
+    gradients: Sequence[Tensor], momenta: Sequence[Tensor], group: Mapping[str, Any]
+) -> list[Tensor]:
+    """Update the momenta in place and return what is to be orthogonalized.
+
+    The momentum is ``torch.optim.Muon``'s exponential average, ``m <- mu m + (1 - mu) g`` (Keller
+    Jordan's and dion's is the sum: larger by ``1 / (1 - mu)``, which orthogonalization does not
+    see). With Nesterov the direction is ``mu m + (1 - mu) g``, else ``m``.
+
+    Every operation is elementwise and rounds the same wherever the element lies.
+
+    Args:
+        gradients: This rank's pieces, any float dtype.
+        momenta: Pieces of ``momentum_buffer``, fp32 (fp64 for fp64 parameters); changed in place.
+        group: Parameter group: ``momentum``, ``nesterov``.
+    """
+    if not momenta:
+        return []
+    mu = float(group["momentum"])
+    cast = [g.to(m.dtype) for g, m in zip(gradients, momenta, strict=True)]
+    scaled = torch._foreach_mul(cast, 1 - mu)
+    torch._foreach_mul_(list(momenta), mu)
+    torch._foreach_add_(list(momenta), scaled)
+    if not group["nesterov"]:
+        return list(momenta)
+    directions = torch._foreach_mul(list(momenta), mu)
+    torch._foreach_add_(directions, scaled)
+    return list(directions)
+
+
+def update_weights(pieces: Pieces, updates: Sequence[Tensor]) -> None:
+    """Weight decay and update of this rank's pieces, rounded as the group asks."""
+    group = pieces.group
+    weights = pieces.weights()
+    full = [w if w.dtype in (torch.float32, torch.float64) else w.float() for w in weights]
+    by_scale: dict[float, list[int]] = {}
+    for position, scale in enumerate(pieces.scales()):
+        by_scale.setdefault(scale, []).append(position)
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    for scale, positions in by_scale.items():
+        apply_update(
+            [full[p] for p in positions],
+            [updates[p] for p in positions],
+            rate=lr * scale,
+            decay=lr * decay,
+            cautious=bool(group["cautious"]),
+        )
+    pieces.write(weights, full)
+
+
+def apply_update(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    rate: float,
+    decay: float,
+    cautious: bool,
+) -> None:
+    """``w <- (1 - decay) w - rate u``, in place, in the weights' dtype.
+
+    Args:
+        weights: fp32 or fp64 pieces.
+        updates: Orthogonalized pieces of the same shapes, any float dtype.
+        rate: Learning rate times the factor for the shape: spectral norm of the change.
+        decay: Fraction of the weights that decays.
+        cautious: Decay only where the update moves a weight towards zero too (arXiv 2510.12402).
+    """
+    changes = torch._foreach_mul(
+        [u.to(w.dtype) for u, w in zip(updates, weights, strict=True)], rate
+    )
+    if decay and cautious:
+        shrinks = [(c * w > 0) for c, w in zip(changes, weights, strict=True)]
+        for weight, shrink in zip(weights, shrinks, strict=True):
+            weight.sub_(weight * shrink * decay)
+    elif decay:
+        torch._foreach_mul_(list(weights), 1 - decay)
+    torch._foreach_sub_(list(weights), changes)
+
+
+def resolve_ns_coefficients(group: Mapping[str, Any]) -> Coefficients | None:
+    """The group's coefficients as an object; None for the method's own."""
+    given = group["ns_coefficients"]
+    if given is None:
+        return None
+    if isinstance(given, list | tuple) and all(isinstance(v, int | float) for v in given):
+        given = [given] * int(group["ns_steps"])
+    return resolve_coefficients(given, POLAR_EXPRESS)
+
+
+def orthogonalize_batch(batch: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Orthogonalize a ``(batch, rows, cols)`` stack as a parameter group asks."""
+    return orthogonalize(
+        batch,
+        method=group["method"],
+        coefficients=resolve_ns_coefficients(group),
+        dtype=group["ns_dtype"],
+        backend=group["backend"],
+    )
+
+
+__all__ = ["Muon", "apply_update", "momentum_direction", "orthogonalize_batch", "update_weights"]

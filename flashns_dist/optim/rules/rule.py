@@ -1,0 +1,119 @@
+"""What an update rule is: the hooks that the step loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flashns_dist.layout import Block
+from flashns_dist.optim.pieces import Pieces, Run
+
+
+class MatrixRule:
+    """Update rule of matrices. Objects have no state: everything is in the optimizer's.
+
+    A step calls ``begin``, then for every bucket ``before``, ``on_owner`` and ``after``, then
+    ``end``; ``before`` and ``after`` act on this rank's pieces where they lie, ``on_owner`` on
+    whole matrices. Whatever a rule computes from more than one element must not depend on how the
+    matrix is cut: on the owner, or by sums that are exact.
+
+    Attributes:
+        name: The ``"update_rule"`` of a parameter group.
+        settings: A group's settings that only some rules have, with their defaults.
+        local_states: Names of the states that are sharded as the parameter is.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[Mapping[str, Any]] = {}
+    local_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a setting out of range, naming it."""
+
+    def init_state(
+        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
+    ) -> dict[str, Tensor]:
+        """Zero state in the parameter's sharding, in fp32 (fp64 for fp64 parameters).
+
+        Args:
+            param: A parameter, or a flat buffer of many.
+            group: Parameter group.
+            blocks: Its matrices.
+        """
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        states = {name: torch.zeros_like(param, dtype=dtype) for name in self.local_states}
+        return {"step": torch.zeros((), dtype=torch.float32), **states}
+
+    def kind(self, group: Mapping[str, Any]) -> str:
+        """What must agree for matrices to be one batch on their owner, besides the method."""
+        return f"{self.name}:{[group[key] for key in sorted(self.settings)]}"
+
+    def begin(self, run: Run, group_index: int) -> None:
+        """Before the first bucket."""
+
+    def before(self, pieces: Pieces) -> list[Tensor]:
+        """What this rank sends of its pieces to the owners."""
+        raise NotImplementedError
+
+    def on_owner(
+        self, run: Run, indices: Sequence[int], batch: Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        """The updates of whole matrices.
+
+        Args:
+            run: The step.
+            indices: The matrices in the batch.
+            batch: ``(len(indices), rows, cols)`` in the wire dtype; may be overwritten.
+            group: Parameter group of the first; the others' agree in ``kind``.
+        """
+        raise NotImplementedError
+
+    def after(self, pieces: Pieces, updates: Sequence[Tensor]) -> None:
+        """Change this rank's pieces of the weights, given their updates in the wire dtype."""
+        raise NotImplementedError
+
+    def end(self, run: Run, group_index: int) -> None:
+        """After the last bucket."""
+
+
+class AuxiliaryRule:
+    """Elementwise update rule of auxiliary parameters, applied where they lie."""
+
+    name: ClassVar[str]
+    settings: ClassVar[Mapping[str, Any]] = {}
+    local_states: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a setting out of range, naming it."""
+
+    def init_state(
+        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
+    ) -> dict[str, Tensor]:
+        """Zero state in the parameter's sharding, in fp32 (fp64 for fp64 parameters)."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+        write: Callable[[int, Tensor], None],
+    ) -> None:
+        """One step on this rank's parts.
+
+        Args:
+            weights: This rank's parts. fp32 and fp64 are updated in place.
+            gradients: Same shapes, any float dtype.
+            states: State of each.
+            group: Parameter group.
+            write: Called with (index, new value) for weights of lower precision, which are
+                computed in fp32.
+        """
+        raise NotImplementedError
+
+
+__all__ = ["AuxiliaryRule", "MatrixRule"]
