@@ -12,6 +12,7 @@ from flashns_dist.layout.views import (
     MatrixView,
     PackedExperts,
     Sections,
+    named_view,
     view_blocks,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "even_flat_layout",
     "flat_layout",
     "leading_blocks",
+    "named_view",
     "placements_layout",
     "rank_pieces",
     "replicated_layout",

@@ -6,12 +6,12 @@ they compare equal, print themselves, and travel by pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from flashns_dist.layout.fragment import Box, flat_range_boxes
 from flashns_dist.layout.layout import boxes_tile
@@ -209,6 +209,30 @@ class PackedExperts:
         return tuple(blocks)
 
 
+def named_view(view: Mapping[str, Mapping[str, Any]]) -> MatrixView:
+    """The view that a configuration file writes as ``{"QKV": {"num_heads": 32}}``.
+
+    Raises:
+        ValueError: No such view, or not with these arguments.
+    """
+    if not isinstance(view, Mapping) or len(view) != 1 or next(iter(view)) not in _NAMED:
+        raise ValueError(
+            f"{view!r} is no view; write one of {sorted(_NAMED)} with its arguments, as "
+            '{"QKV": {"num_heads": 32}}'
+        )
+    ((name, arguments),) = view.items()
+    try:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+        return _NAMED[name](**values)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{name} with {arguments!r}: {error}") from None
+
+
+_NAMED: dict[str, Callable[..., MatrixView]] = {
+    view.__name__: view for view in (Sections, Equal, QKV, Flattened, PackedExperts)
+}
+
+
 def view_blocks(name: str, shape: Sequence[int], view: MatrixView | None) -> tuple[Block, ...]:
     """The matrices of a parameter.
 
@@ -267,5 +291,6 @@ __all__ = [
     "MatrixView",
     "PackedExperts",
     "Sections",
+    "named_view",
     "view_blocks",
 ]

@@ -9,23 +9,31 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from flashns_dist.layout import Equal, Flattened, MatrixView, view_blocks
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|pos_emb\w*|tok_emb\w*)($|[._])")
 _HEAD = re.compile(
     r"(^|\.)(lm_head|head|output|output_layer|unembed\w*|embed_out|classifier|score|logits)$"
 )
 _ROUTER = re.compile(r"(^|\.)(router|gate|gating|wg|score_gate)(\.|$)")
+_GATE_UP = re.compile(r"(^|\.)gate_up_proj$")
+_FUSED = re.compile(
+    r"(^|[._])(w?qkv\w*|query_key_value|c_attn|in_proj|kv_b_proj|gate_up\w*|w13)$", re.IGNORECASE
+)
 _NORM = re.compile(r"(^|[._])(\w*norm|ln|ln_\w+)$")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Where one parameter goes and why."""
+    """Where one parameter goes and why; ``view`` says which parts of it are matrices."""
 
     name: str
     param: Tensor
     update_rule: str
     reason: str
+    view: MatrixView | None = None
 
 
 class ParameterGroups(list[dict[str, Any]]):
@@ -40,7 +48,8 @@ class ParameterGroups(list[dict[str, Any]]):
         rows: dict[tuple[str, str, str, tuple[int, ...]], int] = {}
         for d in self.decisions:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", d.name)
-            key = (d.update_rule, pattern, d.reason, _full_shape(d.param))
+            reason = d.reason if d.view is None else f"{d.reason}: {d.view}"
+            key = (d.update_rule, pattern, reason, _full_shape(d.param))
             rows[key] = rows.get(key, 0) + 1
         cells = [("update rule", "parameters", "count", "shape", "numel", "reason")]
         for (rule, pattern, reason, shape), count in sorted(rows.items(), key=lambda r: r[0][0]):
@@ -62,6 +71,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     overrides: Mapping[str, str] | None = None,
+    matrix_views: Mapping[str, MatrixView | None] | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
     aux_lr: float | None = None,
@@ -77,28 +87,40 @@ def parameter_groups(
     convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are orthogonalized.
     Works before and after sharding (DTensors keep their global shape).
 
+    Which parts of a fused weight are matrices is found where it is certain: the projections of
+    ``nn.MultiheadAttention``, a ``gate_up_proj``, and convolutions where an override makes them
+    matrices. For others the table says that their names look fused: declare them.
+
     Args:
         model: Any module; tied parameters are counted once.
         overrides: From a name pattern (as in ``fnmatch``, over full parameter names) to ``"muon"``,
             ``"adamw"`` or ``"frozen"`` (left out); the first that matches decides.
+        matrix_views: From a name pattern to the view (of ``flashns_dist.layout``) of parameters
+            that hold several matrices, or None for one that holds a single one; the first that
+            matches decides. What has a declared view is orthogonalized, unless an override says
+            otherwise.
         lr, weight_decay: For the matrices, where FlashMuon's own arguments are not to be used.
         aux_lr, aux_weight_decay, betas, eps: For the auxiliary parameters, likewise.
         print_table: Print ``table()``.
 
     Returns:
-        One group per update rule that has parameters, with ``param_names``; ``table()`` explains.
+        One group per update rule that has parameters, with ``param_names`` and, for the views,
+        ``matrix_view``; ``table()`` explains.
 
     Raises:
-        ValueError: An override names an unknown rule or matches nothing.
+        ValueError: An override names an unknown rule, a pattern matches nothing, or a view does not
+            fit its parameter.
     """
     overrides = dict(overrides or {})
     for pattern, rule in overrides.items():
         if rule not in ("muon", "adamw", "frozen"):
             raise ValueError(f'overrides[{pattern!r}]={rule!r}: use "muon", "adamw" or "frozen"')
-    decisions = _decide(model, overrides)
-    unused = [p for p in overrides if not any(fnmatchcase(d.name, p) for d in decisions)]
-    if unused:
-        raise ValueError(f"overrides {unused} match no trainable parameter of the model")
+    views = dict(matrix_views or {})
+    decisions = _decide(model, overrides, views)
+    for kind, patterns in (("overrides", overrides), ("matrix_views", views)):
+        unused = [p for p in patterns if not any(fnmatchcase(d.name, p) for d in decisions)]
+        if unused:
+            raise ValueError(f"{kind} {unused} match no trainable parameter of the model")
     settings: dict[str, dict[str, Any]] = {
         "muon": {"lr": lr, "weight_decay": weight_decay},
         "adamw": {"lr": aux_lr, "weight_decay": aux_weight_decay, "betas": betas, "eps": eps},
@@ -109,6 +131,9 @@ def parameter_groups(
         if chosen:
             named = [(d.name, d.param) for d in chosen]
             values = {key: value for key, value in given.items() if value is not None}
+            found = {d.name: d.view for d in chosen if d.view is not None}
+            if found:
+                values["matrix_view"] = found
             groups.append({"params": named, "update_rule": rule, **values})
     result = ParameterGroups(groups, decisions)
     if print_table:
@@ -116,7 +141,9 @@ def parameter_groups(
     return result
 
 
-def _decide(model: nn.Module, overrides: Mapping[str, str]) -> list[Decision]:
+def _decide(
+    model: nn.Module, overrides: Mapping[str, str], views: Mapping[str, MatrixView | None]
+) -> list[Decision]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     embedded = {id(m.weight) for m in embeddings}
     vocabularies = {m.num_embeddings for m in embeddings}
@@ -127,12 +154,41 @@ def _decide(model: nn.Module, overrides: Mapping[str, str]) -> list[Decision]:
             if not param.requires_grad or any(d.param is param for d in decisions):
                 continue
             rule, reason = _classify(module_name, module, local_name, param, embedded, vocabularies)
+            view = _find_view(module_name, module, local_name, param)
+            declared = next((p for p in views if fnmatchcase(name, p)), None)
+            if declared is not None:
+                view = views[declared]
+                if view is not None:
+                    rule, reason = "muon", f"declared by {declared!r}"
             for pattern, chosen in overrides.items():
                 if fnmatchcase(name, pattern):
                     rule, reason = chosen, f"override {pattern!r}"
                     break
-            decisions.append(Decision(name, param, rule, reason))
+            if rule in ("adamw", "frozen"):
+                view = None
+            elif view is not None:
+                view_blocks(name, _full_shape(param), view)
+            elif declared is None and _FUSED.search(_full_name(module_name, local_name)):
+                reason += ", fused by its name: see matrix_views"
+            decisions.append(Decision(name, param, rule, reason, view))
     return decisions
+
+
+def _find_view(
+    module_name: str, module: nn.Module, local_name: str, param: Tensor
+) -> MatrixView | None:
+    """The view of a parameter whose module leaves no doubt about it."""
+    if isinstance(module, _ConvNd) and local_name == "weight":
+        return Flattened(module.groups)
+    if isinstance(module, nn.MultiheadAttention) and local_name == "in_proj_weight":
+        return Equal(3)
+    if isinstance(module, nn.Linear) and local_name == "weight" and _GATE_UP.search(module_name):
+        return Equal(2)
+    return None
+
+
+def _full_name(module_name: str, local_name: str) -> str:
+    return f"{module_name}.{local_name}" if local_name != "weight" else module_name
 
 
 def _full_shape(param: Tensor) -> tuple[int, ...]:
@@ -157,9 +213,9 @@ def _classify(
         return "adamw", kind
     if min(shape[-2:]) == 1:
         return "adamw", "a vector in shape"
-    if len(shape) > 3 or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if len(shape) > 3 or isinstance(module, _ConvNd):
         return "adamw", "convolution"
-    full = f"{module_name}.{local_name}" if local_name != "weight" else module_name
+    full = _full_name(module_name, local_name)
     if _EMBEDDING.search(full):
         return "adamw", "embedding by name"
     if _NORM.search(module_name):

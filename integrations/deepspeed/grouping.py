@@ -37,7 +37,11 @@ def groups_from_config(
     Raises:
         ValueError: A parameter does not belong to the model.
     """
-    decisions = parameter_groups(model, overrides=settings.overrides).decisions
+    sorted_groups = parameter_groups(
+        model, overrides=settings.overrides, matrix_views=settings.matrix_views
+    )
+    decisions = sorted_groups.decisions
+    views = {d.name: d.view for d in decisions if d.view is not None}
     rules = {id(d.param): d.update_rule for d in decisions}
     names = {id(d.param): d.name for d in decisions}
     by_rule: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
@@ -48,9 +52,12 @@ def groups_from_config(
                 _check_known(param, rules)
                 chosen[rules[id(param)]].append(param)
         extra = {key: value for key, value in given.items() if key != "params"}
+        view = extra.pop("matrix_view", None) or views
         for rule, groups in by_rule.items():
             if chosen[rule]:
                 complete = _completed(rule, extra, settings)
+                if rule == "muon" and view:
+                    complete["matrix_view"] = view
                 same = next((g for g in groups if _settings(g) == complete), None)
                 if same is None:
                     groups.append({"params": chosen[rule], **complete})

@@ -175,7 +175,7 @@ class FlashNS(Optimizer):
         inner = FlashMuon([{"params": []}], nonfinite=self._nonfinite, exchange=self._exchange)  # type: ignore[arg-type]
         by_storage = {partition.storage: partition for partition in self._partitions}
         chosen = [
-            (by_storage[storage], group["update_rule"], position)
+            (by_storage[storage], group, position)
             for position, group in enumerate(live)
             for storage in group["params"]
         ]
@@ -183,8 +183,8 @@ class FlashNS(Optimizer):
         def adapter() -> list[BoundParameter]:
             return [
                 bound
-                for partition, rule, position in chosen
-                for bound in partition.bind(rule, position)
+                for partition, group, position in chosen
+                for bound in partition.bind(group, position)
             ]
 
         inner.bind(adapter)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from flashns_dist.layout import Layout, flat_layout, leading_blocks, replicated_layout
+from flashns_dist.layout import Layout, flat_layout, replicated_layout
 from flashns_dist.optim import BoundParameter
+from flashns_dist.optim.binding import parameter_blocks
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -56,25 +58,27 @@ class Partition:
     def is_flat(self) -> bool:
         return not self.name
 
-    def bind(self, update_rule: str, group_index: int) -> list[BoundParameter]:
+    def bind(self, group: Mapping[str, Any], group_index: int) -> list[BoundParameter]:
         """The logical parameters in this storage, for the step loop.
 
         Args:
-            update_rule: Matrices are bound one by one; auxiliary parameters in a flat partition
-                all at once, padding included, since their rule is elementwise.
+            group: Its parameter group. Matrices are bound one by one; auxiliary parameters in a
+                flat partition all at once, padding included, since their rule is elementwise.
             group_index: Of the group in the step loop's own list.
         """
         size = dist.get_world_size(self.process_group) if self.process_group is not None else 1
         rank = dist.get_rank(self.process_group) if self.process_group is not None else 0
         if not self.is_flat:
             layout = replicated_layout(self.shape, size)
-            return [self._bound(self.name, group_index, layout, rank, _whole(self.shape))]
-        if update_rule == "adamw":
+            whole = _whole(self.shape)
+            return [self._bound(self.name, group, group_index, layout, rank, whole)]
+        if group["update_rule"] == "adamw":
             numel = self.storage.numel()
             layout = flat_layout(
                 (numel * size,), tuple(((r * numel, (r + 1) * numel, 0),) for r in range(size))
             )
-            return [self._bound(self._summary(), group_index, layout, rank, Tensor.detach)]
+            name = self._summary()
+            return [self._bound(name, group, group_index, layout, rank, Tensor.detach)]
         bound = []
         for item in self.slices:
             layout = flat_layout(
@@ -83,18 +87,19 @@ class Partition:
             )
             start, stop = item.ranges[rank]
             local = _narrow(item.offset if stop > start else 0, max(stop - start, 0))
-            bound.append(self._bound(item.name, group_index, layout, rank, local))
+            bound.append(self._bound(item.name, group, group_index, layout, rank, local))
         return bound
 
     def _bound(
         self,
         name: str,
+        group: Mapping[str, Any],
         group_index: int,
         layout: Layout,
         rank: int,
         local: Callable[[Tensor], Tensor],
     ) -> BoundParameter:
-        blocks = leading_blocks(layout.shape) if len(layout.shape) >= 2 else ()
+        blocks = parameter_blocks(name, layout.shape, group)
         return BoundParameter(
             name, self.storage, group_index, layout, self.process_group, rank, local, blocks
         )

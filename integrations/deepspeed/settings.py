@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flashns_dist.layout import MatrixView, named_view
 from flashns_dist.optim import ExchangeOptions, FlashMuon
 
 _DTYPES = {
@@ -40,7 +41,7 @@ _ARGUMENTS = (
 )
 _EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
 
-PARAMS = (*_ARGUMENTS, *_EXCHANGE, "overrides")
+PARAMS = (*_ARGUMENTS, *_EXCHANGE, "overrides", "matrix_views")
 """The keys that ``"params"`` may hold."""
 
 # The names of DeepSpeed's Muon and of other implementations, for the error message only.
@@ -68,10 +69,12 @@ class Settings:
     Attributes:
         arguments: FlashMuon's keyword arguments, ``exchange`` included.
         overrides: From parameter name patterns to update rules, for ``parameter_groups``.
+        matrix_views: From such patterns to views, likewise.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
+    matrix_views: dict[str, MatrixView | None] = field(default_factory=dict)
 
 
 def read_params(params: Mapping[str, Any] | None) -> Settings:
@@ -92,6 +95,7 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
             f"optimizer.params.overrides={overrides!r} must map parameter name patterns to "
             '"muon", "adamw" or "frozen"'
         )
+    views = _views(given.pop("matrix_views", None) or {})
     if given.get("ns_dtype") is not None:
         given["ns_dtype"] = _dtype("ns_dtype", given["ns_dtype"])
     if "betas" in given:
@@ -101,7 +105,22 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
             given[key] = _number(key, given[key])
     given["exchange"] = ExchangeOptions(**exchange)
     FlashMuon([{"params": []}], **given)  # checks the values
-    return Settings(given, dict(overrides))
+    return Settings(given, dict(overrides), views)
+
+
+def _views(given: object) -> dict[str, MatrixView | None]:
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"optimizer.params.matrix_views={given!r} must map parameter name patterns to views, "
+            'as {"*.qkv.weight": {"QKV": {"num_heads": 32}}}'
+        )
+    views = {}
+    for pattern, view in given.items():
+        try:
+            views[pattern] = view if view is None or callable(view) else named_view(view)
+        except ValueError as error:
+            raise ValueError(f"optimizer.params.matrix_views.{pattern}: {error}") from None
+    return views
 
 
 def _check_key(key: str, value: object) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashns_dist.layout import MatrixView
 from flashns_dist.optim import ExchangeOptions, FlashMuon, parameter_groups
 
 # Read when deepspeed is first imported; the pool's ranks import this module before it.
@@ -142,13 +143,18 @@ def make(model: str, seed: int = 0) -> tuple[nn.Module, Callable[[Any, int], lis
 
 @cache
 def reference(
-    model: str, clip: float = 0.0, steps: int = STEPS, micro_batches: int = 1
+    model: str,
+    clip: float = 0.0,
+    steps: int = STEPS,
+    micro_batches: int = 1,
+    views: tuple[tuple[str, MatrixView], ...] = (),
 ) -> dict[str, Any]:
     """Weights, losses and raw gradient norms of FlashMuon in one process without DeepSpeed."""
     module, data = make(model)
     arguments = {key: value for key, value in PARAMS.items() if key != "wire_dtype"}
     exchange = ExchangeOptions(wire_dtype=torch.float32, replica_group=None)
-    optimizer = FlashMuon(parameter_groups(module), **arguments, exchange=exchange)
+    groups = parameter_groups(module, matrix_views=dict(views))
+    optimizer = FlashMuon(groups, **arguments, exchange=exchange)
     losses, norms = [], []
     for step in range(steps):
         batch = data(module, step)

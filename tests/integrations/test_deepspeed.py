@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flashns_dist.layout import Equal, Sections
 from flashns_dist.testing.pool import RankPool
 from tests.integrations.deepspeed_training import (
     STEPS,
@@ -112,6 +113,37 @@ def test_weights_equal_those_of_one_process_in_every_bit(
     ranks: RankPool, model: str, stage: int, world_size: int
 ) -> None:
     ranks.run(world_size, compare_exactly, model, stage)
+
+
+VIEWS = {
+    "terms.0.*": {"Sections": {"sizes": [10, 11]}},
+    "terms.1.*": {"Equal": {"count": 3, "dim": 1}},
+    "terms.6.*": {"Sections": {"sizes": [2, 1], "repeats": 11}},
+}
+
+
+def compare_views(stages: list[int]) -> None:
+    views = (
+        ("terms.0.*", Sections((10, 11))),
+        ("terms.1.*", Equal(3, dim=1)),
+        ("terms.6.*", Sections((2, 1), repeats=11)),
+    )
+    with deepspeed_ready() as deepspeed:
+        for stage in stages:
+            settings = config(stage, dist.get_world_size())
+            settings["optimizer"]["params"]["matrix_views"] = VIEWS
+            weights = run_engine(deepspeed, "many", settings)["weights"]
+            expected, plain = (
+                reference("many", views=views)["weights"],
+                reference("many")["weights"],
+            )
+            for name in ("terms.0.weight", "terms.1.weight", "terms.6.weight"):
+                assert torch.equal(weights[name], expected[name]), f"stage {stage}: {name}"
+                assert not torch.equal(weights[name], plain[name])
+
+
+def test_views_of_the_config_are_matrices_in_every_stage(ranks: RankPool) -> None:
+    ranks.run(3, compare_views, [0, 1, 2, 3])
 
 
 def compare_transformer(cases: list[dict[str, Any]]) -> list[tuple[str, float, float]]:

@@ -62,6 +62,8 @@ def read(params: dict[str, Any]) -> Any:
         ({"wire_dtype": "int8"}, "wire_dtype='int8'"),
         ({"ns_dtype": "fp8"}, "ns_dtype='fp8'"),
         ({"overrides": ["head"]}, "overrides=.* must map"),
+        ({"matrix_views": ["head"]}, "matrix_views=.* must map"),
+        ({"matrix_views": {"a": {"QKV": {"n": 2}}}}, r"matrix_views\.a: QKV .* argument 'n'"),
         ({"adjust_lr_fn": "fast"}, "adjust_lr_fn='fast' is unknown"),
         ({"replicas": "none"}, "replicas='none'"),
     ],

@@ -21,6 +21,7 @@ from flashns_dist.layout import (
     PackedExperts,
     Sections,
     Split,
+    named_view,
     view_blocks,
 )
 
@@ -201,3 +202,15 @@ def test_views_are_values() -> None:
 
 def test_an_empty_parameter_has_no_matrices() -> None:
     assert view_blocks("w", (0, 6), Equal(2)) == ()
+
+
+def test_configurations_name_views() -> None:
+    assert named_view({"QKV": {"num_heads": 8, "order": "grouped"}}) == QKV(8, order="grouped")
+    assert named_view({"Sections": {"sizes": [3, 2]}}) == Sections((3, 2))
+    for wrong, message in (
+        ("QKV", "'QKV' is no view"),
+        ({"qkv": {}}, "write one of ['Equal'"),
+        ({"QKV": {"heads": 8}}, "unexpected keyword argument 'heads'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            named_view(wrong)  # type: ignore[arg-type]

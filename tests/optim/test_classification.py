@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flashns_dist import FlashMuon, parameter_groups
+from flashns_dist.layout import QKV, Equal, Flattened, Sections
 
 
 class Router(nn.Module):
@@ -123,3 +124,91 @@ def test_group_settings_reach_the_optimizer() -> None:
     assert (muon["update_rule"], muon["lr"], muon["weight_decay"]) == ("muon", 0.5, 0.2)
     assert (adamw["lr"], adamw["weight_decay"], adamw["eps"]) == (0.25, 0.125, 1e-6)
     assert optimizer.param_groups[0]["param_names"][0] == "layers.0.gate_proj.weight"
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4)
+        self.conv = nn.Conv2d(8, 12, 3, groups=4)
+        self.upsample = nn.ConvTranspose1d(8, 12, 3)
+        self.qkv_proj = nn.Linear(16, 32, bias=False)
+        self.gate_up_proj = nn.Linear(16, 64, bias=False)
+        self.experts = Experts()
+
+
+def decisions(**arguments: object) -> dict[str, tuple[str, str, object]]:
+    found = parameter_groups(Fused(), **arguments).decisions
+    return {d.name: (d.update_rule, d.reason, d.view) for d in found}
+
+
+def test_views_are_found_where_modules_leave_no_doubt() -> None:
+    found = decisions(overrides={"conv.weight": "muon"})
+    assert found["attention.in_proj_weight"] == ("muon", "matrix", Equal(3))
+    assert found["gate_up_proj.weight"] == ("muon", "matrix", Equal(2))
+    assert found["conv.weight"] == ("muon", "override 'conv.weight'", Flattened(4))
+    assert found["upsample.weight"] == ("adamw", "convolution", None)
+    assert found["experts.w1"] == ("muon", "stack of matrices", None)
+    rule, reason, view = found["qkv_proj.weight"]
+    assert (rule, view) == ("muon", None)
+    assert reason == "matrix, fused by its name: see matrix_views"
+
+
+def test_declared_views_come_first_and_make_matrices() -> None:
+    views = {"qkv*": QKV(4, 2), "conv.weight": Flattened(4), "gate_up*": None, "up*": Flattened()}
+    found = decisions(matrix_views=views, overrides={"upsample.*": "adamw"})
+    assert found["qkv_proj.weight"] == ("muon", "declared by 'qkv*'", QKV(4, 2))
+    assert found["conv.weight"] == ("muon", "declared by 'conv.weight'", Flattened(4))
+    assert found["gate_up_proj.weight"] == ("muon", "matrix", None)
+    assert found["upsample.weight"] == ("adamw", "override 'upsample.*'", None)
+    table = parameter_groups(Fused(), matrix_views={"qkv*": QKV(4, 2)}).table()
+    assert "declared by 'qkv*': QKV(num_heads=4, num_kv_heads=2" in table
+
+
+def test_views_reach_the_optimizer() -> None:
+    model = Fused()
+    optimizer = FlashMuon(parameter_groups(model, matrix_views={"qkv*": QKV(4, 2)}))
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    shapes = {b.name: [block.shape for block in b.blocks] for b in optimizer._bound}
+    assert shapes["qkv_proj.weight"] == [(16, 16), (8, 16), (8, 16)]
+    assert shapes["attention.in_proj_weight"] == [(16, 16)] * 3
+    assert shapes["experts.w1"] == [(16, 32)] * 4
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"qkv*": Sections((16, 8))}, r"qkv_proj.weight: matrix_view Sections.* \(32, 16\): "),
+        ({"nothing.*": Equal(2)}, r"matrix_views \['nothing.\*'\] match no trainable"),
+    ],
+)
+def test_a_wrong_view_is_named(views: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(Fused(), matrix_views=views)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            {"params": [("w", nn.Parameter(torch.zeros(6, 4)))], "matrix_view": Equal(4)},
+            "w: matrix",
+        ),
+        (
+            {"params": [("w", nn.Parameter(torch.zeros(6, 4)))], "matrix_view": {"v*": Equal(2)}},
+            r"patterns \['v\*'\] match no parameter .* \['w'\]",
+        ),
+        (
+            {"params": [nn.Parameter(torch.zeros(6, 4))], "matrix_view": {"w": Equal(2)}},
+            r"pass \(name, parameter\) pairs",
+        ),
+    ],
+)
+def test_a_groups_wrong_view_is_named_and_not_added(group: dict[str, object], message: str) -> None:
+    first = nn.Parameter(torch.zeros(3, 3))
+    optimizer = FlashMuon([("first", first) if isinstance(group["params"][0], tuple) else first])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
