@@ -7,6 +7,7 @@ from flashns_dist.exchange.agreement import (
     gather_flags,
 )
 from flashns_dist.exchange.exchange import Exchange, Transfer
+from flashns_dist.exchange.reduction import reduce_largest_, reduce_sum_
 from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "explain_on_every_rank",
     "gather_flags",
     "make_schedule",
+    "reduce_largest_",
+    "reduce_sum_",
 ]

@@ -421,7 +421,20 @@ class FlashMuon(Optimizer):
         completed = completed_state_dict(state_dict, self.param_groups)
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
+        self._complete_state()
         self._unbind()
+
+    def _complete_state(self) -> None:
+        """Zeros for states that the checkpoint lacks: torch.optim.Muon has no ``row_moment``."""
+        for index, group in enumerate(self.param_groups):
+            rule = MATRIX_RULES.get(group["update_rule"])
+            names = (*rule.local_states, *rule.row_states(group)) if rule is not None else ()
+            for name, param in self._named(index):
+                if all(key in self.state[param] for key in names):
+                    continue
+                blocks = parameter_blocks(name, param.shape, group)
+                fresh = init_state(param, group, blocks)
+                self.state[param].update({**fresh, **self.state[param]})
 
 
 class _Writer:

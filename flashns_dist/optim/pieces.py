@@ -27,6 +27,7 @@ class Run:
         groups: ``param_groups`` of the optimizer.
         state: Its state.
         gradients: This rank's part of each bound parameter's gradient; None counts as zero.
+        row_starts: For each matrix, where its rows begin in its storage's states by row.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Run:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         gradients: Sequence[Tensor | None],
+        row_starts: Sequence[int],
     ) -> None:
         self.bound = bound
         self.plan = plan
@@ -44,6 +46,7 @@ class Run:
         self.groups = groups
         self.gradients = gradients
         self._state = state
+        self._row_starts = row_starts
         self._local: dict[tuple[int, str], Tensor] = {}
 
     def matrix(self, index: int) -> Matrix:
@@ -64,6 +67,12 @@ class Run:
     def local_state(self, tensor: int, name: str) -> Tensor:
         """This rank's part of a state that is sharded as its parameter is."""
         return self._cached(tensor, name, self._state[self.bound[tensor].storage][name])
+
+    def row_state(self, index: int, name: str) -> Tensor:
+        """A state with one number per row of a matrix, the same on every rank: ``(rows,)``."""
+        matrix = self.plan.matrices[index]
+        whole: Tensor = self._state[self.bound[matrix.tensor].storage][name]
+        return whole.narrow(0, self._row_starts[index], matrix.block.rows)
 
     def _cached(self, tensor: int, name: str, value: Tensor) -> Tensor:
         found = self._local.get((tensor, name))

@@ -35,7 +35,7 @@ def completed_state_dict(
     """Fill in the settings and counters that a checkpoint of another origin lacks.
 
     Raises:
-        ValueError: The checkpoint has another number of groups.
+        ValueError: The checkpoint has another number of groups, or other update rules.
     """
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
@@ -44,7 +44,14 @@ def completed_state_dict(
             "the optimizer with the same groups before loading"
         )
     completed = []
-    for ours, theirs in zip(groups, saved, strict=True):
+    for number, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
+        rule = theirs.get("update_rule", ours["update_rule"])
+        if rule != ours["update_rule"]:
+            raise ValueError(
+                f"group {number} of the checkpoint has update_rule={rule!r}, the optimizer's has "
+                f"{ours['update_rule']!r}, and their states differ; make the optimizer with the "
+                "checkpoint's rule"
+            )
         kept = {key: value for key, value in ours.items() if key not in ("params", "param_names")}
         from_torch_muon = "update_rule" not in theirs and "ns_coefficients" in theirs
         dropped = ("ns_coefficients", "ns_steps", "eps") if from_torch_muon else ()

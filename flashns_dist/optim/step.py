@@ -95,6 +95,7 @@ class MatrixStep:
         self._bound = bound
         self._plan = plan
         self._exchange = exchange
+        self._row_starts = _row_starts(bound, plan)
 
     def run(
         self,
@@ -112,7 +113,9 @@ class MatrixStep:
             state: Its state.
             gradients: This rank's part of each bound parameter's gradient; None counts as zero.
         """
-        run = Run(self._bound, self._plan, self._exchange, groups, state, gradients)
+        run = Run(
+            self._bound, self._plan, self._exchange, groups, state, gradients, self._row_starts
+        )
         present = sorted({run.group_of(i) for i in range(len(self._plan.matrices))})
         for group_index in present:
             _rule(groups[group_index]).begin(run, group_index)
@@ -194,6 +197,24 @@ class MatrixStep:
         updates = self._exchange.finish_scatter(bucket, scatter)
         for pieces, positions in self._pieces(bucket, run):
             _rule(pieces.group).after(pieces, [updates[p] for p in positions])
+
+
+def _row_starts(bound: Sequence[BoundParameter], plan: Plan) -> list[int]:
+    """Where each matrix's rows begin among those of all the matrices in its storage."""
+    starts: dict[tuple[int, int], int] = {}
+    ends: dict[int, int] = {}
+    for tensor, parameter in enumerate(bound):
+        storage = id(parameter.storage)
+        for number, block in enumerate(parameter.blocks):
+            starts[tensor, number] = ends.get(storage, 0)
+            ends[storage] = starts[tensor, number] + block.rows
+    seen: dict[int, int] = {}
+    found = []
+    for matrix in plan.matrices:  # all blocks of a parameter, in their order
+        number = seen.get(matrix.tensor, 0)
+        seen[matrix.tensor] = number + 1
+        found.append(starts[matrix.tensor, number])
+    return found
 
 
 def _rule(group: Mapping[str, Any]) -> MatrixRule:

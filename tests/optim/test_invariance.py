@@ -48,16 +48,16 @@ def whole(value: Tensor) -> Tensor:
 
 def optimizer_of(params: list[nn.Parameter], scenario: Scenario, **options: object) -> FlashMuon:
     exchange = ExchangeOptions(**{**scenario.options, **options})
-    return FlashMuon(params, lr=0.05, exchange=exchange, **scenario.settings)
+    settings = {key: value for key, value in scenario.settings.items() if key != "dtype"}
+    return FlashMuon(params, lr=0.05, exchange=exchange, **settings)
 
 
-def compare_with_one_process(scenario: Scenario) -> None:
+def compare_with_one_process(scenario: Scenario, mesh: object = None) -> None:
     """Train sharded and alone, on the same gradients; the weights must be equal in every bit."""
-    mesh = init_device_mesh(rank_device().type, scenario.mesh)
+    mesh = mesh or init_device_mesh(rank_device().type, scenario.mesh)
     shapes = [shape for shape, _ in scenario.matrices]
     dtype = scenario.settings.get("dtype", torch.float32)
     starts = [full(shape, 0, i).to(dtype) for i, shape in enumerate(shapes)]
-    scenario.settings.pop("dtype", None)
     alone = [nn.Parameter(value.clone()) for value in starts]
     sharded = [
         nn.Parameter(place(value, mesh, placements))
@@ -85,8 +85,8 @@ def compare_with_one_process(scenario: Scenario) -> None:
             param.grad = None
     for index, (ours, theirs) in enumerate(zip(sharded, alone, strict=True)):
         assert torch.equal(whole(ours.detach()), theirs.detach()), f"matrix {index} differs"
-        momentum = optimizer.state[ours]["momentum_buffer"]
-        assert torch.equal(whole(momentum), reference.state[alone[index]]["momentum_buffer"])
+        for name, value in reference.state[alone[index]].items():
+            assert torch.equal(whole(optimizer.state[ours][name]), value), f"{name} of {index}"
     assert not any(torch.equal(p, s) for p, s in zip(alone, starts, strict=True) if p.numel())
 
 
@@ -186,6 +186,40 @@ SCENARIOS = {
     ),
 }
 CASES = [(name, size) for name, (_, sizes) in SCENARIOS.items() for size in sizes]
+
+
+RULES: dict[str, dict[str, object]] = {
+    "muon": {"equilibrate": True, "renormalize": "columns_rows", "independent_decay": True},
+    "normuon": {"update_rule": "normuon"},
+}
+
+
+def compare_scenarios(settings: dict[str, object], names: list[str]) -> None:
+    """Several scenarios in one process group, each mesh made once (torch caches by its shape)."""
+    shapes = {SCENARIOS[name][0].mesh for name in names}
+    device, size = rank_device().type, dist.get_world_size()
+    meshes = {
+        shape: init_device_mesh(device, shape if len(shape) > 1 else (size,))
+        for shape in sorted(shapes, reverse=True)
+    }
+    for name in names:
+        values = vars(SCENARIOS[name][0])
+        merged = {**values["settings"], **settings}
+        try:
+            compare_with_one_process(
+                Scenario(**{**values, "settings": merged}), meshes[values["mesh"]]
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rules_weights_equal_those_of_one_process(
+    ranks: RankPool, rule: str, world_size: int
+) -> None:
+    names = [name for name, (_, sizes) in SCENARIOS.items() if world_size in sizes]
+    ranks.run(world_size, compare_scenarios, RULES[rule], names)
 
 
 @pytest.mark.parametrize(("name", "world_size"), CASES, ids=[f"{n}-{w}" for n, w in CASES])

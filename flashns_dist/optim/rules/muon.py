@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules.rule import MatrixRule
+from flashns_dist.optim.rules.scaling import RENORMALIZE, equilibrate_, renormalize_
 from flashns_dist.orthogonalize import (
     POLAR_EXPRESS,
     Coefficients,
@@ -17,11 +18,32 @@ from flashns_dist.orthogonalize import (
     resolve_coefficients,
 )
 
+MUON_SETTINGS: dict[str, Any] = {
+    "equilibrate": False,
+    "renormalize": "none",
+    "independent_decay": False,
+}
+
 
 class Muon(MatrixRule):
-    """Muon (arXiv 2502.16982), with ``torch.optim.Muon``'s momentum."""
+    """Muon (arXiv 2502.16982), with ``torch.optim.Muon``'s momentum.
+
+    Settings: ``equilibrate`` rows before, ``renormalize`` after orthogonalization (see
+    ``scaling.py``), and ``independent_decay``: weights decay by ``weight_decay`` per step, whatever
+    the learning rate.
+    """
 
     name = "muon"
+    settings: ClassVar[Mapping[str, Any]] = MUON_SETTINGS
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        if group["renormalize"] not in RENORMALIZE:
+            raise ValueError(f"renormalize={group['renormalize']!r}: use one of {RENORMALIZE}")
+        if group["independent_decay"] and not float(group["weight_decay"]) < 1:
+            raise ValueError(
+                f"weight_decay={group['weight_decay']} with independent_decay=True is the fraction "
+                "of the weights that one step takes away: it must be below 1 (1e-5, say)"
+            )
 
     def before(self, pieces: Pieces) -> list[Tensor]:
         momenta = pieces.state("momentum_buffer")
@@ -30,7 +52,9 @@ class Muon(MatrixRule):
     def on_owner(
         self, run: Run, indices: Sequence[int], batch: Tensor, group: Mapping[str, Any]
     ) -> Tensor:
-        return orthogonalize_batch(batch, group)
+        updates = orthogonalized_(batch, group)
+        renormalize_(updates, group["renormalize"])
+        return updates
 
     def after(self, pieces: Pieces, updates: Sequence[Tensor]) -> None:
         update_weights(pieces, updates)
@@ -75,12 +99,14 @@ def update_weights(pieces: Pieces, updates: Sequence[Tensor]) -> None:
     for position, scale in enumerate(pieces.scales()):
         by_scale.setdefault(scale, []).append(position)
     lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if not group["independent_decay"]:
+        decay = lr * decay
     for scale, positions in by_scale.items():
         apply_update(
             [full[p] for p in positions],
             [updates[p] for p in positions],
             rate=lr * scale,
-            decay=lr * decay,
+            decay=decay,
             cautious=bool(group["cautious"]),
         )
     pieces.write(weights, full)
@@ -125,6 +151,13 @@ def resolve_ns_coefficients(group: Mapping[str, Any]) -> Coefficients | None:
     return resolve_coefficients(given, POLAR_EXPRESS)
 
 
+def orthogonalized_(batch: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """``orthogonalize_batch``, of equilibrated matrices if the group asks; may change the batch."""
+    if group["equilibrate"]:
+        equilibrate_(batch)
+    return orthogonalize_batch(batch, group)
+
+
 def orthogonalize_batch(batch: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Orthogonalize a ``(batch, rows, cols)`` stack as a parameter group asks."""
     return orthogonalize(
@@ -136,4 +169,12 @@ def orthogonalize_batch(batch: Tensor, group: Mapping[str, Any]) -> Tensor:
     )
 
 
-__all__ = ["Muon", "apply_update", "momentum_direction", "orthogonalize_batch", "update_weights"]
+__all__ = [
+    "MUON_SETTINGS",
+    "Muon",
+    "apply_update",
+    "momentum_direction",
+    "orthogonalize_batch",
+    "orthogonalized_",
+    "update_weights",
+]

@@ -44,8 +44,21 @@ class MatrixRule:
             blocks: Its matrices.
         """
         dtype = torch.promote_types(param.dtype, torch.float32)
-        states = {name: torch.zeros_like(param, dtype=dtype) for name in self.local_states}
-        return {"step": torch.zeros((), dtype=torch.float32), **states}
+        device = getattr(param, "_local_tensor", param).device
+        num_rows = sum(block.rows for block in blocks)
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        for name in self.local_states:
+            state[name] = torch.zeros_like(param, dtype=dtype)
+        for name in self.row_states(group):
+            state[name] = torch.zeros(num_rows, dtype=dtype, device=device)
+        return state
+
+    def row_states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the states with one number per row of each matrix, in the order of its blocks.
+
+        They are plain tensors, the same on every rank of the process group.
+        """
+        return ()
 
     def kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch on their owner, besides the method."""
@@ -77,6 +90,13 @@ class MatrixRule:
 
     def end(self, run: Run, group_index: int) -> None:
         """After the last bucket."""
+
+
+def check_fraction(key: str, value: Any, *, one: bool = False) -> None:
+    """Raise ValueError for a setting outside [0, 1), or (0, 1] with ``one``."""
+    number = float(value)
+    if not (0 < number <= 1 if one else 0 <= number < 1):
+        raise ValueError(f"{key}={value} must be in {'(0, 1]' if one else '[0, 1)'}")
 
 
 class AuxiliaryRule:
@@ -116,4 +136,4 @@ class AuxiliaryRule:
         raise NotImplementedError
 
 
-__all__ = ["AuxiliaryRule", "MatrixRule"]
+__all__ = ["AuxiliaryRule", "MatrixRule", "check_fraction"]

@@ -1,0 +1,54 @@
+"""Lion for the auxiliary parameters, elementwise where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.layout import Block
+from flashns_dist.optim.rules.rule import AuxiliaryRule
+
+
+class Lion(AuxiliaryRule):
+    """Lion (arXiv 2302.06675): the sign of an average of momentum and gradient."""
+
+    name = "lion"
+    local_states = ("exp_avg",)
+
+    def init_state(
+        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
+    ) -> dict[str, Tensor]:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        device = getattr(param, "_local_tensor", param).device
+        momentum = torch.zeros_like(param, dtype=dtype)
+        return {"step": torch.zeros((), dtype=torch.float32, device=device), "exp_avg": momentum}
+
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+        write: Callable[[int, Tensor], None],
+    ) -> None:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        for index, (weight, gradient, state) in enumerate(
+            zip(weights, gradients, states, strict=True)
+        ):
+            state["step"] += 1
+            momentum = state["exp_avg"]
+            if not weight.numel():
+                continue
+            full = weight.to(momentum.dtype)
+            direction = torch.lerp(gradient.to(momentum.dtype), momentum, beta1).sign_()
+            full.mul_(1 - lr * decay).sub_(direction, alpha=lr)
+            momentum.lerp_(gradient.to(momentum.dtype), 1 - beta2)
+            if full.dtype != weight.dtype:
+                write(index, full)
+
+
+__all__ = ["Lion"]

@@ -1,0 +1,248 @@
+"""Every update rule against an unsharded reference of a few lines, in float64, over many steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.optim.binding import AUXILIARY
+from flashns_dist.optim.rules import AUXILIARY_RULES
+
+KELLER = (3.4445, -4.775, 2.0315)
+SHAPES = ((20, 33), (40, 11), (32, 32), (6, 7))
+NUM_STEPS = 12
+LR, DECAY, MU = 0.02, 0.1, 0.9
+PRECISE = {
+    "method": "standard",
+    "ns_coefficients": KELLER,
+    "ns_dtype": torch.float64,
+    "exchange": ExchangeOptions(wire_dtype=torch.float64),
+}
+
+
+def parameters(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in shapes
+    ]
+
+
+def gradient(index: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Rows of very different size, that change slowly: as in training."""
+    fixed = torch.Generator().manual_seed(index)
+    generator = torch.Generator().manual_seed(100 * step + index)
+    rows = torch.rand(shape[0], 1, generator=fixed, dtype=torch.float64) ** 4
+    mean = torch.randn(shape, generator=fixed, dtype=torch.float64)
+    return rows * (mean + torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def run(params: list[nn.Parameter], **settings: object) -> FlashMuon:
+    optimizer = FlashMuon(params, lr=LR, weight_decay=DECAY, momentum=MU, **PRECISE, **settings)
+    for step in range(NUM_STEPS):
+        for index, param in enumerate(params):
+            param.grad = gradient(index, step, tuple(param.shape))
+        optimizer.step()
+    return optimizer
+
+
+def polar(x: Tensor) -> Tensor:
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = KELLER[0] * x + (KELLER[1] * gram + KELLER[2] * gram @ gram) @ x
+    return x
+
+
+Update = Callable[[Tensor, dict[str, Tensor], int], Tensor]
+
+
+def reference(update: Update, decay: float = LR * DECAY) -> list[Tensor]:
+    """Weights after ``w <- (1 - decay) w - lr scale(shape) update(g, state, step)``."""
+    weights = [p.detach().clone() for p in parameters()]
+    for index, weight in enumerate(weights):
+        state: dict[str, Tensor] = {}
+        for step in range(NUM_STEPS):
+            change = update(gradient(index, step, tuple(weight.shape)), state, step)
+            weight.mul_(1 - decay)
+            weight.sub_(LR * sqrt(max(1, weight.shape[0] / weight.shape[1])) * change)
+    return weights
+
+
+def nesterov(g: Tensor, state: dict[str, Tensor]) -> Tensor:
+    m = state["m"] = MU * state.get("m", torch.zeros_like(g)) + (1 - MU) * g
+    return MU * m + (1 - MU) * g
+
+
+def check(params: list[nn.Parameter], expected: list[Tensor], tolerance: float = 1e-9) -> None:
+    for param, weight, start in zip(params, expected, parameters(), strict=True):
+        moved = (weight - start.detach()).norm()
+        assert moved > 0.05
+        assert (param.detach() - weight).norm() < tolerance * moved
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    return x / x.norm(dim=dim, keepdim=True)
+
+
+NORMALIZED = {
+    "frobenius": lambda o: o,
+    "rows": lambda o: unit(o, 1),
+    "columns": lambda o: unit(o, 0),
+    "columns_rows": lambda o: unit(unit(o, 0), 1),
+    "rows_columns": lambda o: unit(unit(o, 1), 0),
+}
+
+
+@pytest.mark.parametrize("mode", NORMALIZED)
+def test_muon_renormalizes_to_the_exact_norm(mode: str) -> None:
+    params = parameters()
+    run(params, renormalize=mode)
+
+    def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        o = NORMALIZED[mode](polar(nesterov(g, state)))
+        return o / o.norm() * sqrt(min(o.shape))
+
+    check(params, reference(update))
+
+
+def test_muon_equilibrates_rows_before_the_iteration() -> None:
+    params = parameters()
+    run(params, equilibrate=True)
+    check(params, reference(lambda g, state, step: polar(unit(nesterov(g, state), 1))))
+
+
+def test_zero_rows_and_tiny_rows_equilibrate() -> None:
+    param = nn.Parameter(torch.zeros(4, 6))
+    optimizer = FlashMuon([param], lr=1.0, equilibrate=True, renormalize="rows", momentum=0.0)
+    param.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    param.grad[1] = 0
+    param.grad[2] *= 1e-30
+    optimizer.step()
+    norms = param.detach().norm(dim=1)
+    assert norms[1] == 0
+    assert torch.allclose(norms[[0, 2, 3]], norms[0].expand(3), rtol=0.02)
+
+
+def test_weights_decay_whatever_the_learning_rate() -> None:
+    params = parameters()
+    run(params, independent_decay=True)
+    update = lambda g, state, step: polar(nesterov(g, state))  # noqa: E731
+    check(params, reference(update, decay=DECAY))
+    frozen = [nn.Parameter(torch.ones(4, 5))]
+    optimizer = FlashMuon(frozen, lr=0.0, weight_decay=0.25, independent_decay=True)
+    frozen[0].grad = torch.randn(4, 5)
+    optimizer.step()
+    assert torch.equal(frozen[0].detach(), torch.full((4, 5), 0.75))
+
+
+def test_normuon_follows_its_formula() -> None:
+    params = parameters()
+    optimizer = run(params, update_rule="normuon", beta2=0.8)
+
+    def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        o = polar(nesterov(g, state))
+        v = state["v"] = 0.8 * state.get("v", torch.zeros(len(o))) + 0.2 * (o * o).mean(1)
+        scaled = o / (v.sqrt() + 1e-8)[:, None]
+        return scaled * o.norm() / scaled.norm()
+
+    check(params, reference(update))
+    moments = [optimizer.state[p]["row_moment"] for p in params]
+    assert [m.shape for m in moments] == [(p.shape[0],) for p in params]
+    assert all((m > 0).all() for m in moments)
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def test_a_zero_gradient_changes_nothing(rule: str) -> None:
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = FlashMuon(
+        [param], update_rule=rule, weight_decay=0.0, equilibrate=True, renormalize="columns_rows"
+    )
+    param.grad = torch.zeros(4, 6)
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.ones(4, 6))
+
+
+def test_lion_follows_its_formula() -> None:
+    start = [p.detach() for p in parameters(((7,), (5, 9), ()))]
+    params = [nn.Parameter(p.clone()) for p in start]
+    group = {"params": params, "update_rule": "lion", "betas": (0.9, 0.99), "lr": 0.01}
+    optimizer = FlashMuon([{**group, "weight_decay": 0.1}])
+    momenta = [torch.zeros_like(p) for p in start]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        for param, weight, m in zip(params, start, momenta, strict=True):
+            g = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            param.grad = g
+            weight.sub_(0.01 * ((0.9 * m + 0.1 * g).sign() + 0.1 * weight))
+            m.copy_(0.99 * m + 0.01 * g)
+        optimizer.step()
+    for param, weight in zip(params, start, strict=True):
+        torch.testing.assert_close(param.detach(), weight, rtol=1e-12, atol=1e-12)
+
+
+def test_low_precision_lion_keeps_an_fp32_momentum() -> None:
+    param = nn.Parameter(torch.ones(8).bfloat16())
+    optimizer = FlashMuon([{"params": [param], "update_rule": "lion", "lr": 0.25}])
+    param.grad = torch.full((8,), 3.0).bfloat16()
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].dtype == torch.float32
+    assert torch.equal(param.detach(), torch.full((8,), 0.75).bfloat16())
+
+
+def test_groups_with_different_rules_are_one_optimizer() -> None:
+    together, apart = parameters(), parameters()
+    rules = ("muon", "normuon", "normuon", "muon")
+    groups = [
+        {"params": [param], "update_rule": rule}
+        for param, rule in zip(together, rules, strict=True)
+    ]
+    optimizers = [FlashMuon(groups, **PRECISE)]
+    optimizers += [
+        FlashMuon([param], update_rule=rule, **PRECISE)
+        for param, rule in zip(apart, rules, strict=True)
+    ]
+    for step in range(3):
+        for index, (a, b) in enumerate(zip(together, apart, strict=True)):
+            a.grad, b.grad = (gradient(index, step, tuple(a.shape)) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"update_rule": "shampoo"}, "update_rule='shampoo'"),
+        ({"renormalize": "twice"}, "renormalize='twice'"),
+        ({"update_rule": "normuon", "beta2": 1.0}, "beta2=1.0"),
+        ({"independent_decay": True, "weight_decay": 1.0}, "weight_decay=1.0"),
+        ({"betta2": 0.9}, "betta2 is neither an argument of FlashMuon"),
+    ],
+)
+def test_an_unsuitable_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FlashMuon([nn.Parameter(torch.ones(3, 4))], **settings)
+
+
+def test_a_setting_of_another_rule_is_refused() -> None:
+    group = {"params": [nn.Parameter(torch.ones(3, 4))], "update_rule": "muon", "beta2": 0.9}
+    with pytest.raises(ValueError, match=r"beta2=0.9 is a setting of the update rules \['normuon'"):
+        FlashMuon([group])
+
+
+def test_another_rules_checkpoint_is_refused() -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    saved = FlashMuon([param]).state_dict()
+    with pytest.raises(ValueError, match="'muon', the optimizer's has 'normuon'"):
+        FlashMuon([param], update_rule="normuon").load_state_dict(saved)
+
+
+def test_the_names_of_auxiliary_rules_agree() -> None:
+    assert set(AUXILIARY) == set(AUXILIARY_RULES)
