@@ -1,0 +1,244 @@
+"""Checkpoints of Megatron's optimizers with FlashMuon inside.
+
+In the flat formats of the distributed optimizer each parameter has ``exp_avg`` and ``exp_avg_sq``.
+The momentum of a matrix goes by the name of ``exp_avg``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor
+
+from flashns_dist.optim.state import plain_state_dict
+
+from .support import check_sharding_type
+
+_IDENTITY = ("update_rule", "is_transposed", "wd_mult", "is_expert_parallel", "is_decoupled_lr")
+# Of FlashMuon's settings, those that Megatron's scheduler sets and checkpoints bring back.
+_SCHEDULED = ("lr", "weight_decay")
+
+
+class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+    """State of flat shards, resharded as Megatron does for Adam.
+
+    Attributes:
+        flashmuon_rules: The update rule of each model parameter in the buffers.
+    """
+
+    flashmuon_rules: dict[Tensor, str]
+
+    optimizer_state_keys = ("exp_avg", "exp_avg_sq")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and loss scale: what is the same on every data-parallel rank."""
+        step = self._num_steps()
+        groups = [{**group, "params": []} for group in self.optimizer.param_groups]
+        plain = plain_state_dict({"state": {}, "param_groups": groups})["param_groups"]
+        for group in plain:
+            del group["params"]
+            group["step"] = step
+        found: dict[str, Any] = {"optimizer": {"param_groups": plain}}
+        if self.grad_scaler:
+            found["grad_scaler"] = self.grad_scaler.state_dict()
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and loss scale, and the parameters' state where it is there.
+
+        Raises:
+            ValueError: The checkpoint's groups are not FlashMuon's.
+        """
+        saved = state_dict["optimizer"]["param_groups"]
+        restored = restored_groups(self.optimizer.param_groups, saved)
+        for group, values in zip(self.optimizer.param_groups, restored, strict=True):
+            group.update({k: v for k, v in values.items() if k not in ("params", "step")})
+        self._flashmuon_steps = int(saved[0].get("step") or 0) if saved else 0
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self._flashmuon_steps)
+        if self.grad_scaler and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if "param_state" in state_dict:
+            kind = state_dict["param_state_sharding_type"]
+            check_sharding_type(kind)
+            load = getattr(self, f"load_parameter_state_from_{kind}")
+            load(state_dict["param_state"])
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        sharding_type: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Megatron's; refuses formats that have not been made to work."""
+        kind = sharding_type or (metadata or {}).get("distrib_optim_sharding_type")
+        check_sharding_type(kind)
+        return super().sharded_state_dict(
+            model_sharded_state_dict, is_loading, sharding_type, metadata, **kwargs
+        )
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, without the zeros that stand for matrices' second moments."""
+        found = super().sharded_param_state_fully_reshardable(*args, **kwargs)
+        if found is not None:
+            order = [param for buffer in self.buffers for param in buffer.param_index_map]
+            for index, param in enumerate(order):
+                if self.flashmuon_rules[param] == "muon":
+                    found[index].pop("exp_avg_sq")
+        return found
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Part of ``--ckpt-format torch``."""
+        check_sharding_type(f"torch ({filename})")
+
+    def load_parameter_state(self, filename: str, **kwargs: Any) -> None:
+        """Part of ``--ckpt-format torch``."""
+        check_sharding_type(f"torch ({filename})")
+
+    def step_with_ready_grads(self) -> bool:
+        """As Megatron's, counted: a rank may have no state that counts."""
+        self._flashmuon_steps = self._num_steps() + 1
+        return bool(super().step_with_ready_grads())
+
+    def _num_steps(self) -> int:
+        states = self.optimizer.state.values()
+        counted = int(getattr(self, "_flashmuon_steps", 0))
+        return max((int(state["step"]) for state in states), default=counted)
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        storage, state = self._of(model_param)
+        if "momentum_buffer" in state:
+            momentum = state["momentum_buffer"]
+            zeros = torch.zeros_like(momentum)
+            return {"param": storage, "exp_avg": momentum, "exp_avg_sq": zeros}
+        return {"param": storage, **{key: state[key] for key in self.optimizer_state_keys}}
+
+    def _set_main_param_and_optimizer_states(
+        self, model_param: Tensor, tensors: Mapping[str, Tensor]
+    ) -> None:
+        storage, state = self._of(model_param)
+        storage.detach().copy_(tensors["param"])
+        if "momentum_buffer" in state:
+            state["momentum_buffer"].copy_(tensors["exp_avg"])
+            return
+        for key in self.optimizer_state_keys:
+            state[key].copy_(tensors[key])
+
+    def _of(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        group_index, order = self.model_param_group_index_map[model_param]
+        storage = self.optimizer.param_groups[group_index]["params"][order]
+        return storage, self.optimizer.state[storage]
+
+
+class FlashMuonFloat16Optimizer(Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+    """State of whole tensor-parallel shards, with fp32 copies of the weights."""
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        return _reordered(current_groups, state_dict_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's."""
+        super().load_state_dict(state_dict)
+        _add_counts(self.optimizer)
+
+
+class FlashMuonFP32Optimizer(FP32Optimizer):  # type: ignore[misc]
+    """State of whole tensor-parallel shards."""
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        return _reordered(current_groups, state_dict_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's."""
+        super().load_state_dict(state_dict)
+        _add_counts(self.optimizer)
+
+
+CLASSES = {
+    DistributedOptimizer: FlashMuonDistributedOptimizer,
+    Float16OptimizerWithFloat16Params: FlashMuonFloat16Optimizer,
+    FP32Optimizer: FlashMuonFP32Optimizer,
+}
+"""The class that each of Megatron's optimizers becomes."""
+
+
+def _reordered(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**group, "params": theirs["params"]}
+        for group, theirs in zip(restored_groups(current, saved), saved, strict=True)
+    ]
+
+
+def _add_counts(optimizer: Any) -> None:
+    """A checkpoint that was made before the first step has no counts of steps."""
+    for storage, state in optimizer.state.items():
+        if "step" not in state:
+            where = "cpu" if "momentum_buffer" in state else storage.device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+
+
+def restored_groups(
+    current: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The groups of this run with what a checkpoint knows about each.
+
+    FlashMuon's own settings stay as they are: they are this run's flags. The learning rate and the
+    weight decay come from the checkpoint, as everything of Megatron's.
+
+    Raises:
+        ValueError: The checkpoint lacks a group.
+    """
+    available: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for group in saved:
+        available.setdefault(_identity(group), []).append(group)
+    restored = []
+    for group in current:
+        same = available.get(_identity(group), [])
+        if not same:
+            described = dict(zip(_IDENTITY, _identity(group), strict=True))
+            raise ValueError(
+                f"the checkpoint has no parameter group with {described}; it has "
+                f"{sorted(map(str, available))}. It was written by another optimizer or with other "
+                "--flashmuon-overrides: resume with the same, or with --no-load-optim."
+            )
+        theirs = same.pop(0)
+        ours = {key for key in group if key not in _SCHEDULED and key in _FLASHMUON}
+        taken = {k: v for k, v in theirs.items() if k not in ours and k not in ("params", "step")}
+        restored.append({**group, **taken})
+    return restored
+
+
+_FLASHMUON = frozenset(
+    {
+        "momentum",
+        "nesterov",
+        "adjust_lr_fn",
+        "method",
+        "ns_coefficients",
+        "ns_steps",
+        "ns_dtype",
+        "backend",
+        "betas",
+        "eps",
+        "cautious",
+        "rounding",
+        "update_rule",
+        "is_transposed",
+    }
+)
+
+
+def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in _IDENTITY)

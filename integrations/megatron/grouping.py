@@ -1,0 +1,113 @@
+"""Which of Megatron's parameters are matrices, and what their groups are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flashns_dist.optim import parameter_groups
+
+from .matrices import is_packed_experts
+from .settings import Settings
+
+
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and the precision wrapper."""
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def parameter_names(chunks: Sequence[nn.Module]) -> dict[Tensor, str]:
+    """Names as in the model, preceded by the chunk's number where there are many."""
+    return {
+        param: f"chunk{index}.{name}" if len(chunks) > 1 else name
+        for index, chunk in enumerate(chunks)
+        for name, param in unwrapped(chunk).named_parameters()
+    }
+
+
+def owners(chunks: Sequence[nn.Module]) -> dict[Tensor, list[nn.Module]]:
+    """For each parameter, the module that holds it, the one that holds that, and so on."""
+    found: dict[Tensor, list[nn.Module]] = {}
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        modules = dict(model.named_modules())
+        for name, param in model.named_parameters():
+            parts = name.split(".")[:-1]
+            paths = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+            found[param] = [modules[path] for path in paths]
+    return found
+
+
+def group_settings(
+    chunks: Sequence[nn.Module], config: Any, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """What the group of each trainable parameter is told, by the name that Megatron gives it.
+
+    Matrices are what ``parameter_groups`` takes for one, except where ``use_muon`` or
+    ``is_embedding_or_output_parameter`` on a parameter, or an override, say otherwise.
+
+    Raises:
+        ValueError: An override matches no parameter on any rank, or names an unknown rule.
+    """
+    names, owned = parameter_names(chunks), owners(chunks)
+    rules: dict[Tensor, str] = {}
+    for chunk in chunks:
+        for decision in parameter_groups(unwrapped(chunk)).decisions:
+            rules[decision.param] = decision.update_rule
+    for param in rules:
+        if getattr(param, "is_embedding_or_output_parameter", False):
+            rules[param] = "adamw"
+        wanted = getattr(param, "use_muon", None)
+        if wanted is not None and param.ndim >= 2:
+            rules[param] = "muon" if wanted else "adamw"
+    _apply_overrides(rules, names, settings.overrides)
+    result = {}
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                told: dict[str, Any] = {"update_rule": rules[param]}
+                if rules[param] == "muon" and is_packed_experts(name, owned[param]):
+                    told["is_transposed"] = True
+                if rules[param] == "adamw" and settings.aux_lr is not None:
+                    told.update(_own_learning_rate(param, config, settings.aux_lr))
+                result[name] = told
+    return result
+
+
+def _own_learning_rate(param: Tensor, config: Any, aux_lr: float) -> dict[str, float]:
+    """Peak and lowest learning rate; a decoupled one of Megatron's goes before ours."""
+    decoupled = getattr(config, "decoupled_lr", None) is not None
+    if decoupled and getattr(param, "is_embedding_or_output_parameter", False):
+        return {}
+    lowest = (config.min_lr or 0.0) * aux_lr / config.lr if config.lr else 0.0
+    return {"max_lr": aux_lr, "min_lr": lowest}
+
+
+def _apply_overrides(
+    rules: dict[Tensor, str], names: Mapping[Tensor, str], overrides: Mapping[str, str]
+) -> None:
+    if not overrides:
+        return
+    for pattern, rule in overrides.items():
+        if rule not in ("muon", "adamw"):
+            raise ValueError(f'--flashmuon-overrides {pattern}={rule}: use "muon" or "adamw"')
+    used = set()
+    for param in rules:
+        matching = [pattern for pattern in overrides if fnmatchcase(names[param], pattern)]
+        if matching:
+            used.add(matching[0])
+            rules[param] = overrides[matching[0]]
+    everywhere: list[set[str]] = [used] * dist.get_world_size()
+    dist.all_gather_object(everywhere, used)
+    unused = [pattern for pattern in overrides if not any(pattern in u for u in everywhere)]
+    if unused:
+        raise ValueError(
+            f"--flashmuon-overrides {unused} match no trainable parameter on any rank. Names are "
+            "as in the model, for example decoder.layers.0.mlp.linear_fc1.weight."
+        )

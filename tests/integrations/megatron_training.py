@@ -1,0 +1,343 @@
+"""Small models of megatron-core's, data that does not depend on the ranks, and how to train."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.integrations.megatron_cpu import megatron_on_cpu
+
+WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
+BATCH = 8
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    virtual: int = 0
+    instances: int = 1
+    dtype: str = "fp32"
+    distributed: bool = True
+    overlap: bool = False
+    bucket_size: int | None = None
+    sequence_parallel: bool = False
+    gated: bool = False
+    tied: bool = False
+    experts: int = 0
+    layers: int = 2
+    micro_batches: int = 2
+    clip: float = 1.0
+    optimizer: str = "flashmuon"
+    config: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def alone(self) -> Case:
+        """The same model and global batch in one process."""
+        return replace(
+            self, tp=1, pp=1, ep=1, virtual=0, instances=1, sequence_parallel=False, overlap=False
+        )
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def megatron_ready(case: Case) -> Iterator[None]:
+    """Megatron on this rank's process group, with its groups as the case says."""
+    warnings.filterwarnings("ignore")
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    from flashns_dist.integrations.megatron import install
+
+    install()
+    with megatron_on_cpu():
+        options: dict[str, Any] = {}
+        if case.instances > 1:
+            options["num_distributed_optimizer_instances"] = case.instances
+        parallel_state.initialize_model_parallel(
+            case.tp,
+            case.pp,
+            virtual_pipeline_model_parallel_size=case.virtual or None,
+            expert_model_parallel_size=case.ep,
+            **options,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        try:
+            yield
+        finally:
+            unset_num_microbatches_calculator()
+            parallel_state.destroy_model_parallel()
+
+
+def make_config(case: Case) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    extra: dict[str, Any] = {}
+    if case.gated:
+        extra.update(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
+    if case.experts:
+        extra.update(
+            num_moe_experts=case.experts,
+            moe_grouped_gemm=False,
+            moe_token_dispatcher_type="alltoall" if case.ep > 1 else "allgather",
+            moe_router_topk=2,
+            moe_aux_loss_coeff=0.0,
+        )
+    if case.virtual:
+        extra["virtual_pipeline_model_parallel_size"] = case.virtual
+    return TransformerConfig(
+        num_layers=case.layers,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        ffn_hidden_size=2 * WIDTH,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        expert_model_parallel_size=case.ep,
+        sequence_parallel=case.sequence_parallel,
+        bf16=case.dtype == "bf16",
+        fp16=case.dtype == "fp16",
+        params_dtype=DTYPES[case.dtype],
+        pipeline_dtype=DTYPES[case.dtype],
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        add_bias_linear=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **extra,
+    )
+
+
+def make_chunks(case: Case) -> list[Any]:
+    """The model's chunks of this rank, wrapped, with weights that do not depend on the ranks."""
+    from megatron.core import parallel_state as state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.module import Float16Module
+
+    config = make_config(case)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=case.distributed,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed,
+        bucket_size=case.bucket_size,
+        num_distributed_optimizer_instances=case.instances,
+        check_for_nan_in_grad=False,
+    )
+    chunks = []
+    for number in range(case.virtual or 1):
+        stage = {"ignore_virtual": False, "vp_stage": number} if case.virtual else {}
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(num_experts=case.experts or None, moe_grouped_gemm=False),
+            vocab_size=VOCABULARY,
+            max_sequence_length=LENGTH,
+            pre_process=state.is_pipeline_first_stage(**stage),
+            post_process=state.is_pipeline_last_stage(**stage),
+            share_embeddings_and_output_weights=case.tied,
+            position_embedding_type="rope",
+            **({"vp_stage": number} if case.virtual else {}),
+        )
+        fill(model, case)
+        if case.dtype != "fp32":
+            model = Float16Module(config, model)
+        chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=number > 0))
+    config.finalize_model_grads_func = finalize_model_grads
+    if case.overlap:
+        config.no_sync_func = [c.no_sync for c in chunks]
+        config.grad_sync_func = [c.start_grad_sync for c in chunks]
+        if len(chunks) == 1:
+            config.no_sync_func, config.grad_sync_func = (
+                config.no_sync_func[0],
+                config.grad_sync_func[0],
+            )
+    return chunks
+
+
+def global_names(model: Any, case: Case) -> dict[str, Tensor]:
+    """Parameters by names that count layers and experts over all ranks."""
+    from megatron.core import parallel_state as state
+
+    found = {}
+    for name, param in model.named_parameters():
+        parts = name.split(".")
+        if "layers" in parts:
+            at = parts.index("layers") + 1
+            parts[at] = str(model.decoder.layers[int(parts[at])].layer_number - 1)
+        if "local_experts" in parts:
+            at = parts.index("local_experts") + 1
+            local = case.experts // case.ep
+            first = state.get_expert_model_parallel_rank() * local
+            parts[at] = str(first + int(parts[at]))
+        found[".".join(parts)] = param
+    return found
+
+
+def fill(model: Any, case: Case) -> None:
+    """Weights from their names."""
+    for name, param in global_names(model, case).items():
+        if case.tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        whole = random_like(name, full_shape(param, case))
+        if len(whole.shape) == 1:
+            whole = 1 + 0.1 * whole if name.endswith("weight") else 0.1 * whole
+        else:
+            whole = whole / sqrt(whole.shape[-1])
+        with torch.no_grad():
+            param.copy_(shard_of(whole, param, case))
+
+
+def random_like(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    number = zlib.crc32(f"{name}:{seed}".encode())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+def cut_dim(param: Tensor, case: Case) -> int:
+    if case.tp == 1 or not getattr(param, "tensor_model_parallel", False):
+        return -1
+    return int(param.partition_dim)
+
+
+def full_shape(param: Tensor, case: Case) -> tuple[int, ...]:
+    dim = cut_dim(param, case)
+    return tuple(n * case.tp if axis == dim else n for axis, n in enumerate(param.shape))
+
+
+def shard_of(whole: Tensor, param: Tensor, case: Case) -> Tensor:
+    """This rank's tensor-parallel shard; of a gated fc1, a piece of either half."""
+    from megatron.core import parallel_state as state
+
+    dim = cut_dim(param, case)
+    if dim < 0:
+        return whole
+    rank = state.get_tensor_model_parallel_rank()
+    if getattr(param, "partition_stride", 1) == 2:
+        return torch.cat([half.chunk(case.tp, dim)[rank] for half in whole.chunk(2, dim)], dim)
+    return whole.chunk(case.tp, dim)[rank]
+
+
+def make_optimizer(case: Case, chunks: list[Any]) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from flashns_dist.integrations.megatron import Settings
+
+    values = {
+        "muon_momentum": 0.9,
+        "muon_scale_mode": "shape_scaling",
+        "lr": 0.02,
+        "min_lr": 0.0,
+        "weight_decay": 0.1,
+        **case.config,
+    }
+    config = OptimizerConfig(
+        optimizer=case.optimizer,
+        bf16=case.dtype == "bf16",
+        fp16=case.dtype == "fp16",
+        initial_loss_scale=2.0**12,
+        params_dtype=DTYPES[case.dtype],
+        use_distributed_optimizer=case.distributed,
+        clip_grad=case.clip,
+        overlap_param_gather=case.overlap and case.distributed,
+        **values,
+    )
+    if case.optimizer == "flashmuon":
+        config.flashmuon = Settings(**{"wire_dtype": "fp32", **case.settings})
+    return get_megatron_optimizer(config, chunks)
+
+
+def batches(case: Case, step: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """This rank's micro-batches of a step, of the same global batch on any number of ranks."""
+    from megatron.core import parallel_state as state
+
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    ranks = state.get_data_parallel_world_size()
+    mine = tokens.chunk(ranks)[state.get_data_parallel_rank()]
+    return [(part, part.roll(-1, 1)) for part in mine.chunk(case.micro_batches)]
+
+
+def train(
+    case: Case, chunks: list[Any], optimizer: Any, steps: range
+) -> list[tuple[float, float | None]]:
+    """Losses (this rank's mean, 0 where the pipeline does not end) and gradient norms."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(chunks[0])
+    if case.dtype == "fp16":
+        config.grad_scale_func = optimizer.scale_loss
+    run = get_forward_backward_func()
+    history = []
+    for step in steps:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        data = batches(case, step)
+        iterators = [iter(data) for _ in chunks]
+        losses = run(
+            forward_step_func=_forward,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(data),
+            seq_length=LENGTH,
+            micro_batch_size=len(data[0][0]),
+            forward_only=False,
+        )
+        done, norm, _ = optimizer.step()
+        mean = sum(float(entry["loss"]) for entry in losses) / len(data) if losses else 0.0
+        history.append((mean, float(norm) if done else None))
+    return history
+
+
+def _forward(data: Any, model: Any) -> Any:
+    tokens, labels = next(data)
+    positions = torch.arange(LENGTH).expand(len(tokens), LENGTH)
+    output = model(tokens, positions, None, labels=labels)
+
+    def loss(values: Tensor) -> Any:
+        mean = values.float().mean()
+        return mean, {"loss": mean.detach().clone()}
+
+    return output, loss
+
+
+def losses_of(case: Case, steps: int = STEPS) -> list[tuple[float, float | None]]:
+    """Mean losses over all data, and gradient norms; on rank 0."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        history = train(case, chunks, make_optimizer(case, chunks), range(steps))
+        return collect(history)
+
+
+def collect(history: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    from megatron.core import parallel_state as state
+
+    everyone: list[Any] = [None] * dist.get_world_size()
+    last = state.is_pipeline_last_stage(ignore_virtual=True)
+    counted = last and state.get_tensor_model_parallel_rank() == 0
+    dist.all_gather_object(everyone, history if counted else None)
+    found = [h for h in everyone if h is not None]
+    return [(sum(h[i][0] for h in found) / len(found), found[0][i][1]) for i in range(len(history))]
