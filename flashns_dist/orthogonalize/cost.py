@@ -9,10 +9,10 @@ from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS
 from flashns_dist.orthogonalize.methods import METHODS, check_coefficients, find_method
 from flashns_dist.orthogonalize.restarts import ordered_restarts, restart_positions
 
-FAST_ROWS = 2048
-"""From here on ``"fast"`` was the fastest method at every shape measured on an H200
-(docs/benchmarks/orthogonalize-h200.jsonl); below, its many small operations cost more than the
-products that it saves."""
+FAST_ROWS = 768
+"""From here on ``"fast"`` was faster than ``"unbiased"`` on an H200 at twelve of the shapes measured,
+by up to 1.35, and 3 % slower at two small batches (docs/benchmarks/orthogonalize-h200.jsonl). Below,
+its many small operations cost more than the products that it saves."""
 
 STANDARD_ROWS = 512
 """Up to here ``"standard"`` was faster than ``"unbiased"`` there for square matrices."""

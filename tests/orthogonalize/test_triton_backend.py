@@ -24,8 +24,8 @@ from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels  # noqa: E
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_tiles import (  # noqa: E402
-    triangle_pair,
     triangle_tile,
+    triangle_wide,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +39,7 @@ HALF = (torch.float16, torch.bfloat16)
 # Small tiles, so that the interpreter's small matrices have several of them.
 
 TILES = TileConfig(64, 64, 64, 4, 3) if CUDA else TileConfig(32, 32, 32, 4, 2)
-PAIRS = TileConfig(64, 64, 64, 4, 3, pairs=True) if CUDA else TileConfig(32, 32, 32, 4, 2, True)
+WIDE = TileConfig(64, 128, 64, 4, 3) if CUDA else TileConfig(32, 64, 32, 4, 2)
 
 # On a GPU no smaller than 64, below which Triton takes another tensor-core instruction.
 OTHER = TileConfig(64, 64, 64, 8, 2, group=2) if CUDA else TileConfig(16, 16, 64, 4, 2, group=2)
@@ -135,7 +135,7 @@ def test_all_configurations_agree_bitwise():
     if not CUDA:
         x = (x * 16).round() / 16  # NumPy sums blocks in an order of its own: make sums exact
     results = []
-    for config in (TILES, PAIRS, OTHER):
+    for config in (TILES, WIDE, OTHER):
         for descriptors in (False, True):
             kernels = kernels_of(descriptors, config)
             gram = kernels.gram(x)
@@ -146,7 +146,7 @@ def test_all_configurations_agree_bitwise():
 
 
 def test_a_matrix_does_not_depend_on_its_batch():
-    kernels = TritonKernels(config=PAIRS)
+    kernels = TritonKernels(config=WIDE)
     x = random(33, 34, 40, dtype=torch.bfloat16)
     gram = kernels.gram(x)
     normalized, norms = kernels.normalize(x, dtype=torch.float16, transpose=False)
@@ -297,12 +297,10 @@ def test_empty_batches_launch_nothing():
 
 
 @triton.jit
-def list_tiles(
-    rows, cols, num_blocks, GROUP: tl.constexpr, PAIRED: tl.constexpr, SIZE: tl.constexpr
-):
+def list_tiles(rows, cols, num_blocks, GROUP: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr):
     t = tl.arange(0, SIZE)
-    if PAIRED:
-        row, col = triangle_pair(t, num_blocks)
+    if WIDE:
+        row, col = triangle_wide(t, num_blocks)
     else:
         row, col = triangle_tile(t, num_blocks, GROUP)
     tl.store(rows + t, row)
@@ -314,17 +312,17 @@ def test_tile_orders_cover_the_lower_triangle_once(num_blocks):
     lower = {(i, j) for i in range(num_blocks) for j in range(i + 1)}
     size = 2048
     rows, cols = (torch.empty(size, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    list_tiles[(1,)](rows, cols, num_blocks, GROUP=8, PAIRED=False, SIZE=size)
+    list_tiles[(1,)](rows, cols, num_blocks, GROUP=8, WIDE=False, SIZE=size)
     found = list(zip(rows.tolist(), cols.tolist(), strict=True))[: len(lower)]
     assert len(found) == len(lower)
     assert set(found) == lower
-    list_tiles[(1,)](rows, cols, num_blocks, GROUP=8, PAIRED=True, SIZE=size)
-    count = num_blocks * num_blocks // 4
+    list_tiles[(1,)](rows, cols, num_blocks, GROUP=8, WIDE=True, SIZE=size)
+    count = sum(row // 2 + 1 for row in range(num_blocks))
     found = list(zip(rows.tolist(), cols.tolist(), strict=True))[:count]
-    pairs = [(i, j + offset) for i, j in found for offset in (0, 1)]
-    singles = [(i, i) for i in range(0, num_blocks, 2)]
-    assert len(pairs) + len(singles) == len(lower)
-    assert {*pairs, *singles} == lower
+    covered = [(i, 2 * j + offset) for i, j in found for offset in (0, 1)]
+    beyond = [(i, i + 1) for i in range(0, num_blocks, 2)]
+    assert len(covered) == len(lower) + len(beyond)
+    assert set(covered) == {*lower, *beyond}
 
 
 def test_torch_compile_sees_one_operator_per_product():

@@ -49,10 +49,11 @@ def build(kernel, types, constants, config, arch):
 def symmetric(config, tma, arch):
     size, depth = config.rows, config.depth
     names = {"alpha": "fp32", "beta": "fp32", "gamma": "fp32"}
-    for name, cols in (("a", depth), ("b", depth), ("c", size), ("out", size)):
-        names[name] = f"tensordesc<fp16[1, {size}, {cols}]>" if tma else "*fp16"
+    boxes = {"a": (size, depth), "b": (config.cols, depth), "c": (size, size), "out": (size, size)}
+    for name, (rows, cols) in boxes.items():
+        names[name] = f"tensordesc<fp16[1, {rows}, {cols}]>" if tma else "*fp16"
     constants = dict(HAS_C=True, ALPHA_EACH=False, BETA_EACH=False, GAMMA_EACH=False,
-        A_SWAPPED=False, B_SWAPPED=False, BLOCK=size, BLOCK_K=depth, PAIRS=config.pairs,
+        A_SWAPPED=False, B_SWAPPED=False, BLOCK=size, BLOCK_K=depth, WIDE=config.cols > size,
         GROUP=config.group, TMA=tma, DTYPE=tl.float16, PRECISION="ieee",
         stride_ac=1, stride_bc=1, stride_cc=1, stride_oc=1)
     return build(symmetric_kernel, names, constants, config, arch)

@@ -69,7 +69,9 @@ def operands(count=4, n=256, m=256):
 
 def symmetric(tensors, scalars=(0.5, 2.0, 0.0), tma=True):
     a, b, c, out = tensors
-    return symmetric_launch(a, b, c, out, scalars, config=CONFIG, tma=tma, input_precision="ieee")
+    return symmetric_launch(
+        a, b, c, out, scalars, config=CONFIG, tma=tma, input_precision="ieee", num_sms=4
+    )
 
 
 def product(tensors, scalars=(0.5, 2.0), tma=True):
@@ -272,9 +274,11 @@ class TestOnDevice:
         x.mul_(2)
         out.fill_(torch.nan)
         graph.replay()
-        assert torch.equal(out, 4 * expected)
+        assert not torch.equal(out, expected)
+        expected = kernels.gram(x)
+        assert torch.equal(out, expected)
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
             result = kernels.gram(x)
             torch.cuda.current_stream().synchronize()
-        assert torch.equal(result, 4 * expected)
+        assert torch.equal(result, expected)

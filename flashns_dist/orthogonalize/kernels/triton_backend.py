@@ -310,11 +310,12 @@ class TritonKernels:
 
             def launch(config: TileConfig) -> Launch:
                 return symmetric_launch(
-                    a, bt, c, out, arguments, config=config, tma=tma, input_precision=accuracy
-                )
+                    a, bt, c, out, arguments, config=config, tma=tma, input_precision=accuracy,
+                    num_sms=_num_sms(a),
+                )  # fmt: skip
 
             def default() -> TileConfig:
-                return default_symmetric(configs, batch, n, _num_sms(a))
+                return default_symmetric(configs, batch, n, k, _num_sms(a))
 
             return self._choose("symmetric", configs, default, launch, a, (n, k), tma)
 

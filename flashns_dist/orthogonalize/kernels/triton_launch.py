@@ -54,15 +54,18 @@ def symmetric_launch(
     config: TileConfig,
     tma: bool,
     input_precision: str,
+    num_sms: int,
 ) -> Launch:
     """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``symmetric_kernel``."""
     batch, n, k = a.shape
     block, depth = config.rows, config.depth
     blocks = -(-n // block)
-    if config.pairs:
-        grid = batch * (blocks * blocks // 4 + (blocks + 1) // 2)
-    else:
-        grid = batch * (blocks * (blocks + 1) // 2)
+    grid = batch * (blocks * (blocks + 1) // 2)
+    wide = config.cols > config.rows
+    if wide:
+        half = (blocks + 1) // 2
+        tiles = batch * (half * (half + 1) - blocks % 2 * half)
+        grid = min(tiles, num_sms)
     third = out if c is None else c
     a_swapped = b_swapped = False
     operands: tuple[Any, ...] = (a, b, third, out)
@@ -70,7 +73,7 @@ def symmetric_launch(
         a_swapped, b_swapped = bool(described(a)), bool(described(b))
         operands = (
             descriptor(a, a_swapped, block, depth),
-            descriptor(b, b_swapped, block, depth),
+            descriptor(b, b_swapped, config.cols, depth),
             descriptor(third, False, block, block),
             descriptor(out, False, block, block),
         )
@@ -83,7 +86,7 @@ def symmetric_launch(
         "B_SWAPPED": b_swapped,
         "BLOCK": block,
         "BLOCK_K": depth,
-        "PAIRS": config.pairs,
+        "WIDE": wide,
         "GROUP": config.group,
         "TMA": tma,
         "DTYPE": TL_DTYPES[out.dtype],

@@ -8,8 +8,8 @@ from flashns_dist.orthogonalize.kernels.triton_tiles import (
     load_block,
     scalar,
     store_block,
-    triangle_pair,
     triangle_tile,
+    triangle_wide,
 )
 
 
@@ -92,57 +92,22 @@ def _tile(
     A_SWAPPED: tl.constexpr,
     B_SWAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of ``a b^T`` in fp32."""
-    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    """One ``(BLOCK, COLS)`` tile of ``a b^T`` in fp32."""
+    acc = tl.zeros((BLOCK, COLS), dtype=tl.float32)
     for k0 in tl.range(0, k, BLOCK_K):
         left = load_block(
             a, batch, row0, k0, (n, k), a_strides, BLOCK, BLOCK_K, TMA, A_SWAPPED
         )  # fmt: skip
         right = load_block(
-            b, batch, col0, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
+            b, batch, col0, k0, (n, k), b_strides, COLS, BLOCK_K, TMA, B_SWAPPED
         )  # fmt: skip
         acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def _two_tiles(
-    a,
-    b,
-    batch,
-    row0,
-    col0,
-    n,
-    k,
-    a_strides,
-    b_strides,
-    A_SWAPPED: tl.constexpr,
-    B_SWAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Two horizontally adjacent tiles of ``a b^T``, which share the rows of ``a``."""
-    first = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    second = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for k0 in tl.range(0, k, BLOCK_K):
-        left = load_block(
-            a, batch, row0, k0, (n, k), a_strides, BLOCK, BLOCK_K, TMA, A_SWAPPED
-        )  # fmt: skip
-        right = load_block(
-            b, batch, col0, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
-        )  # fmt: skip
-        right2 = load_block(
-            b, batch, col0 + BLOCK, k0, (n, k), b_strides, BLOCK, BLOCK_K, TMA, B_SWAPPED
-        )  # fmt: skip
-        first = tl.dot(left, right.T, first, input_precision=PRECISION)
-        second = tl.dot(left, right2.T, second, input_precision=PRECISION)
-    return first, second
 
 
 # Compiling anew for batches that are one or a multiple of 16 would gain nothing.
@@ -178,7 +143,7 @@ def symmetric_kernel(
     B_SWAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -186,58 +151,43 @@ def symmetric_kernel(
 ):
     """``alpha * a b^T + beta * c + gamma * I``, of which the lower triangle is computed.
 
-    One program computes one ``BLOCK x BLOCK`` tile, or with ``PAIRS`` two adjacent ones that share
-    the rows of ``a``. All pairs come first, then the diagonal tiles that are left.
+    One program computes one ``BLOCK x BLOCK`` tile. With ``WIDE``, programs stay and compute
+    ``BLOCK x 2 BLOCK`` tiles in turn; in even block rows the last one reaches beyond the triangle.
     """
-    pid = tl.program_id(0)
     num_blocks = tl.cdiv(n, BLOCK)
     a_strides = (stride_ab, stride_ar, stride_ac)
     b_strides = (stride_bb, stride_br, stride_bc)
     c_strides = (stride_cb, stride_cr, stride_cc)
     out_strides = (stride_ob, stride_or, stride_oc)
-    if PAIRS:
-        num_pairs = num_blocks * num_blocks // 4
-        num_single = (num_blocks + 1) // 2
-        if pid < num_pairs * num_matrices:
-            batch = pid // num_pairs
-            row, col = triangle_pair(pid % num_pairs, num_blocks)
+    if WIDE:
+        rows2 = (num_blocks + 1) // 2
+        num_tiles = rows2 * (rows2 + 1) - (num_blocks % 2) * rows2
+        for tile in tl.range(tl.program_id(0), num_tiles * num_matrices, tl.num_programs(0)):
+            batch = tile // num_tiles
+            row, col = triangle_wide(tile % num_tiles, num_blocks)
             row0 = row * BLOCK
-            col0 = col * BLOCK
-            scalars = (
-                scalar(alpha, batch, ALPHA_EACH),
-                scalar(beta, batch, BETA_EACH),
-                scalar(gamma, batch, GAMMA_EACH),
-            )
-            first, second = _two_tiles(
-                a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
-                BLOCK, BLOCK_K, TMA, PRECISION,
-            )  # fmt: skip
-            _finish(
-                first, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
-                False, HAS_C, BLOCK, TMA, DTYPE,
-            )  # fmt: skip
-            _finish_any(
-                second, c, out, scalars, batch, row0, col0 + BLOCK, n, c_strides, out_strides,
-                HAS_C, BLOCK, TMA, DTYPE,
-            )  # fmt: skip
-        else:
-            single = pid - num_pairs * num_matrices
-            batch = single // num_single
-            row0 = 2 * (single % num_single) * BLOCK
+            col0 = 2 * col * BLOCK
             scalars = (
                 scalar(alpha, batch, ALPHA_EACH),
                 scalar(beta, batch, BETA_EACH),
                 scalar(gamma, batch, GAMMA_EACH),
             )
             acc = _tile(
-                a, b, batch, row0, row0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
-                BLOCK, BLOCK_K, TMA, PRECISION,
+                a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
+                BLOCK, 2 * BLOCK, BLOCK_K, TMA, PRECISION,
             )  # fmt: skip
-            _finish(
-                acc, c, out, scalars, batch, row0, row0, n, c_strides, out_strides,
-                True, HAS_C, BLOCK, TMA, DTYPE,
+            first, second = acc.reshape(BLOCK, 2, BLOCK).permute(0, 2, 1).split()
+            _finish_any(
+                first, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,
+                HAS_C, BLOCK, TMA, DTYPE,
             )  # fmt: skip
+            if col0 + BLOCK <= row0:
+                _finish_any(
+                    second, c, out, scalars, batch, row0, col0 + BLOCK, n, c_strides, out_strides,
+                    HAS_C, BLOCK, TMA, DTYPE,
+                )  # fmt: skip
     else:
+        pid = tl.program_id(0)
         num_tiles = num_blocks * (num_blocks + 1) // 2
         batch = pid // num_tiles
         row, col = triangle_tile(pid % num_tiles, num_blocks, GROUP)
@@ -250,7 +200,7 @@ def symmetric_kernel(
         )
         acc = _tile(
             a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
-            BLOCK, BLOCK_K, TMA, PRECISION,
+            BLOCK, BLOCK, BLOCK_K, TMA, PRECISION,
         )  # fmt: skip
         _finish_any(
             acc, c, out, scalars, batch, row0, col0, n, c_strides, out_strides,

@@ -38,20 +38,19 @@ def triangle_tile(t, num_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def triangle_pair(t, num_blocks):
-    """Block row and first block column of pair ``t``: two horizontally adjacent blocks.
+def triangle_wide(t, num_blocks):
+    """Block row and column of tile ``t``, where tiles are one block high and two wide.
 
-    Block row ``i`` holds ``(i + 1) // 2`` pairs, ``num_blocks**2 // 4`` in all; in odd rows the
-    last pair ends on the diagonal, in even rows the diagonal block stays single. Two rows run
-    together.
+    Block row ``i`` holds ``i // 2 + 1`` tiles; in even rows the last one ends one block beyond the
+    diagonal. Two rows run together.
     """
-    g = tl.sqrt_rn(t.to(tl.float32)).to(tl.int32)
-    g = tl.where(g * g > t, g - 1, g)
-    g = tl.where((g + 1) * (g + 1) <= t, g + 1, g)
-    local = t - g * g
+    g = ((tl.sqrt_rn((4 * t + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    g = tl.where(g * (g + 1) > t, g - 1, g)
+    g = tl.where((g + 1) * (g + 2) <= t, g + 1, g)
+    local = t - g * (g + 1)
     two_rows = 2 * g + 1 < num_blocks
-    row = 2 * g + tl.where(two_rows, tl.where(local < 2 * g, local % 2, 1), 0)
-    col = 2 * tl.where(two_rows, local // 2, local)
+    row = 2 * g + tl.where(two_rows, local % 2, 0)
+    col = tl.where(two_rows, local // 2, local)
     return row, col
 
 
