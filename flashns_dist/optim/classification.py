@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flashns_dist.layout import Equal, Flattened, MatrixView, view_blocks
+from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|pos_emb\w*|tok_emb\w*)($|[._])")
 _HEAD = re.compile(
@@ -93,8 +94,9 @@ def parameter_groups(
 
     Args:
         model: Any module; tied parameters are counted once.
-        overrides: From a name pattern (as in ``fnmatch``, over full parameter names) to ``"muon"``,
-            ``"adamw"`` or ``"frozen"`` (left out); the first that matches decides.
+        overrides: From a name pattern (as in ``fnmatch``, over full parameter names) to ``"muon"``
+            (a matrix), ``"adamw"``, another update rule or ``"frozen"`` (left out); the first that
+            matches decides.
         matrix_views: From a name pattern to the view (of ``flashns_dist.layout``) of parameters
             that hold several matrices, or None for one that holds a single one; the first that
             matches decides. What has a declared view is orthogonalized, unless an override says
@@ -105,7 +107,8 @@ def parameter_groups(
 
     Returns:
         One group per update rule that has parameters, with ``param_names`` and, for the views,
-        ``matrix_view``; ``table()`` explains.
+        ``matrix_view``; ``table()`` explains. The group of ``"muon"`` names no rule: it gets
+        FlashMuon's ``update_rule``.
 
     Raises:
         ValueError: An override names an unknown rule, a pattern matches nothing, or a view does not
@@ -113,28 +116,30 @@ def parameter_groups(
     """
     overrides = dict(overrides or {})
     for pattern, rule in overrides.items():
-        if rule not in ("muon", "adamw", "frozen"):
-            raise ValueError(f'overrides[{pattern!r}]={rule!r}: use "muon", "adamw" or "frozen"')
+        if rule not in (*RULES, "frozen"):
+            known = ", ".join(f'"{name}"' for name in RULES)
+            raise ValueError(f'overrides[{pattern!r}]={rule!r}: use {known} or "frozen"')
     views = dict(matrix_views or {})
     decisions = _decide(model, overrides, views)
     for kind, patterns in (("overrides", overrides), ("matrix_views", views)):
         unused = [p for p in patterns if not any(fnmatchcase(d.name, p) for d in decisions)]
         if unused:
             raise ValueError(f"{kind} {unused} match no trainable parameter of the model")
-    settings: dict[str, dict[str, Any]] = {
-        "muon": {"lr": lr, "weight_decay": weight_decay},
-        "adamw": {"lr": aux_lr, "weight_decay": aux_weight_decay, "betas": betas, "eps": eps},
-    }
+    of_matrices = {"lr": lr, "weight_decay": weight_decay}
+    of_others = {"lr": aux_lr, "weight_decay": aux_weight_decay, "betas": betas, "eps": eps}
     groups = []
-    for rule, given in settings.items():
+    for rule in RULES:
         chosen = [d for d in decisions if d.update_rule == rule]
         if chosen:
+            given = of_others if rule in AUXILIARY_RULES else of_matrices
             named = [(d.name, d.param) for d in chosen]
-            values = {key: value for key, value in given.items() if value is not None}
+            values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
             found = {d.name: d.view for d in chosen if d.view is not None}
             if found:
                 values["matrix_view"] = found
-            groups.append({"params": named, "update_rule": rule, **values})
+            if rule != "muon":
+                values["update_rule"] = rule
+            groups.append({"params": named, **values})
     result = ParameterGroups(groups, decisions)
     if print_table:
         print(result.table())
@@ -164,7 +169,7 @@ def _decide(
                 if fnmatchcase(name, pattern):
                     rule, reason = chosen, f"override {pattern!r}"
                     break
-            if rule in ("adamw", "frozen"):
+            if rule in AUXILIARY_RULES or rule == "frozen":
                 view = None
             elif view is not None:
                 view_blocks(name, _full_shape(param), view)

@@ -117,6 +117,13 @@ def test_a_wrong_override_is_named(overrides: dict[str, str], message: str) -> N
         parameter_groups(Model(), overrides=overrides)
 
 
+def test_matrices_take_the_optimizers_rule() -> None:
+    groups = parameter_groups(Model(), overrides={"layers.0.gate*.weight": "normuon"})
+    assert [group.get("update_rule") for group in groups] == [None, "normuon", "adamw"]
+    optimizer = FlashMuon(groups, update_rule="normuon")
+    assert [g["update_rule"] for g in optimizer.param_groups] == ["normuon", "normuon", "adamw"]
+
+
 def test_group_settings_reach_the_optimizer() -> None:
     groups = parameter_groups(Model(), lr=0.5, aux_lr=0.25, aux_weight_decay=0.125, eps=1e-6)
     optimizer = FlashMuon(groups, lr=1.0, weight_decay=0.2)
