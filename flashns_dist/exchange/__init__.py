@@ -7,20 +7,25 @@ from flashns_dist.exchange.agreement import (
     gather_flags,
 )
 from flashns_dist.exchange.exchange import Exchange, Transfer
+from flashns_dist.exchange.narrowing import Narrowing, Selection, borders, matrix_box
 from flashns_dist.exchange.reduction import reduce_largest_, reduce_sum_
 from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
 
 __all__ = [
     "Exchange",
+    "Narrowing",
     "Route",
     "Schedule",
     "Segment",
+    "Selection",
     "Transfer",
     "agree_on_largest",
+    "borders",
     "check_same_setup",
     "explain_on_every_rank",
     "gather_flags",
     "make_schedule",
+    "matrix_box",
     "reduce_largest_",
     "reduce_sum_",
 ]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashns_dist.exchange.narrowing import Narrowing, Selection
 from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
 from flashns_dist.plan import Plan
 
@@ -59,6 +60,16 @@ class Exchange:
         self._group = group
         self._device = device
         self._dtype = wire_dtype
+        self._blocks = [matrix.block for matrix in plan.matrices]
+        self._narrowing: Narrowing | None = None
+        self._buffers: list[list[Tensor]] = []
+        if any(matrix.work is not None for matrix in plan.matrices):
+            self._narrowing = Narrowing(plan, self.schedules)  # reserves with the first selection
+        else:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Buffers for the present schedules; larger ones stay."""
         sizes = [
             max((sum(splits(schedule)) for schedule in self.schedules), default=0)
             for splits in (
@@ -68,10 +79,42 @@ class Exchange:
                 lambda s: s.scatter.receive_splits,
             )
         ]
+        if self._buffers and all(
+            size <= buffer.numel() for size, buffer in zip(sizes, self._buffers[0], strict=True)
+        ):
+            return
+        if self._buffers:  # selections vary from step to step
+            sizes = [
+                max(size + size // 8, old.numel())
+                for size, old in zip(sizes, self._buffers[0], strict=True)
+            ]
         self._buffers = [
-            [torch.empty(size, dtype=wire_dtype, device=device) for size in sizes]
+            [torch.empty(size, dtype=self._dtype, device=self._device) for size in sizes]
             for _ in range(min(2, len(self.schedules)))
         ]
+
+    def narrow(self, selections: Mapping[int, Selection]) -> None:
+        """From now on, exchange only some rows or columns of some matrices.
+
+        Their directions, owned matrices and updates then have the selections' boxes and shapes, and
+        two dims. No transfer may be under way. No collectives.
+
+        Args:
+            selections: For each matrix whose work is less than its block; the same on every rank.
+        """
+        assert self._narrowing is not None, "no matrix of the plan is to be narrowed"
+        self.schedules = self._narrowing.schedules(selections)
+        for index, selection in selections.items():
+            self._blocks[index] = selection.block
+        self._reserve()
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends to others in one step, both ways together."""
+        elements = sum(
+            sum(s.gather.send_splits) + sum(s.scatter.send_splits) for s in self.schedules
+        )
+        return elements * self._dtype.itemsize
 
     @property
     def buffer_bytes(self) -> int:
@@ -162,7 +205,7 @@ class Exchange:
         return Transfer(received, work, local, sent)
 
     def _inside(self, matrix: Tensor, segment: Segment) -> Tensor:
-        return self.plan.matrices[segment.matrix].block.view(matrix, segment.part, segment.box)
+        return self._blocks[segment.matrix].view(matrix, segment.part, segment.box)
 
 
 def _segment(buffer: Tensor, segment: Segment) -> Tensor:
@@ -171,8 +214,9 @@ def _segment(buffer: Tensor, segment: Segment) -> Tensor:
 
 
 def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), list(values))
+    pairs = [(t, v) for t, v in zip(targets, values, strict=True) if t.numel()]
+    if pairs:
+        torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
 
 
 __all__ = ["Exchange", "Schedule", "Transfer"]

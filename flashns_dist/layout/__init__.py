@@ -3,7 +3,14 @@
 from flashns_dist.layout.dtensor import placements_layout
 from flashns_dist.layout.fragment import Box, Fragment
 from flashns_dist.layout.layout import Layout, even_flat_layout, flat_layout, replicated_layout
-from flashns_dist.layout.matrix import Block, Piece, block_holders, leading_blocks, rank_pieces
+from flashns_dist.layout.matrix import (
+    Block,
+    Piece,
+    block_holders,
+    leading_blocks,
+    rank_pieces,
+    rectangle,
+)
 from flashns_dist.layout.split import Split
 from flashns_dist.layout.views import (
     QKV,
@@ -36,6 +43,7 @@ __all__ = [
     "named_view",
     "placements_layout",
     "rank_pieces",
+    "rectangle",
     "replicated_layout",
     "view_blocks",
 ]

@@ -115,3 +115,39 @@ def block_holders(layout: Layout, block: Block) -> tuple[tuple[int, Box, tuple[i
             if common is not None:
                 found.append((index, common, ranks))
     return tuple(found)
+
+
+@cache
+def rectangle(block: Block, part: int, box: Box) -> Box | None:
+    """The rows and columns of a block's matrix that a box of one of its parts is, as a 2-D box.
+
+    None where it is no rectangle, or where its elements are not in the matrix's order.
+    """
+    whole = block.parts[part]
+    across = block.rows if block.axis else block.cols
+    begin = sum(earlier.numel for earlier in block.parts[:part]) // across
+    row, col = (0, begin) if block.axis else (begin, 0)
+    num_cols = whole.numel // block.rows if block.axis else block.cols
+    start = tuple(b - w for b, w in zip(box.start, whole.start, strict=True))
+    for split in range(len(start) + 1):
+        if prod(whole.size[split:]) == num_cols:
+            rows = _run(start[:split], box.size[:split], whole.size[:split])
+            cols = _run(start[split:], box.size[split:], whole.size[split:])
+            if rows is not None and cols is not None:
+                return Box((row + rows[0], col + cols[0]), (rows[1], cols[1]))
+    run = _run(start, box.size, whole.size)
+    if run is not None and run[0] % num_cols == 0 and run[1] % num_cols == 0:
+        return Box((row + run[0] // num_cols, col), (run[1] // num_cols, num_cols))
+    return None
+
+
+def _run(
+    start: tuple[int, ...], size: tuple[int, ...], full: tuple[int, ...]
+) -> tuple[int, int] | None:
+    """A box of an array as a (start, length) run of the flattened array, if it is one."""
+    first, length = 0, 1
+    for begin, count, extent in zip(start, size, full, strict=True):
+        if length > 1 and count != extent:
+            return None
+        first, length = first * extent + begin, length * count
+    return first, length

@@ -33,6 +33,7 @@ from flashns_dist.optim.settings import (
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
 from flashns_dist.optim.step import ExchangeOptions, MatrixStep, plan_matrices
 from flashns_dist.orthogonalize import Coefficients
+from flashns_dist.plan import Plan
 
 _KEPT = ("nonfinite", "exchange_options", "_aux_defaults", "_settings")  # in pickles and copies
 
@@ -284,9 +285,17 @@ class FlashMuon(Optimizer):
         rule = MATRIX_RULES[group["update_rule"]].kind(group)
         return f"{rule}:{settings}:{self.exchange_options.wire_dtype}"
 
+    def _plan(self, bound: Sequence[BoundParameter], active: Sequence[bool]) -> Plan:
+        kinds = [self._kind(b) for b in bound]
+        return plan_matrices(bound, active, kinds, self.param_groups, self.exchange_options)
+
     def _check_setup(self) -> None:
         if self._checked:
             return
+        for bound in self._bound:
+            group = self.param_groups[bound.group_index]
+            if is_matrix_rule(group):
+                MATRIX_RULES[group["update_rule"]].check_layout(bound)
         for indices in self._members():
             entries = []
             for bound in (self._bound[i] for i in indices):
@@ -305,9 +314,7 @@ class FlashMuon(Optimizer):
             matrices = self._matrices(indices)
             digest = "none"
             if matrices:
-                kinds = [self._kind(b) for b in matrices]
-                options = self.exchange_options
-                digest = plan_matrices(matrices, [True] * len(matrices), kinds, options).digest
+                digest = self._plan(matrices, [True] * len(matrices)).digest
             check_same_setup(entries, digest, self._bound[indices[0]].process_group)
         self._checked = True
 
@@ -365,9 +372,7 @@ class FlashMuon(Optimizer):
         self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in chosen])
 
     def _matrix_step(self, bound: list[BoundParameter], flags: tuple[bool, ...]) -> MatrixStep:
-        kinds = [self._kind(b) for b in bound]
-        plan = plan_matrices(bound, flags, kinds, self.exchange_options)
-        first = bound[0]
+        plan, first = self._plan(bound, flags), bound[0]
         exchange = Exchange(
             plan,
             first.process_group,

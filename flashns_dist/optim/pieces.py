@@ -45,6 +45,7 @@ class Run:
         self.exchange = exchange
         self.groups = groups
         self.gradients = gradients
+        self.choices: dict[int, Any] = {}  # rows or columns of matrices, where a rule selects some
         self._state = state
         self._row_starts = row_starts
         self._local: dict[tuple[int, str], Tensor] = {}

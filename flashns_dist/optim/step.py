@@ -56,6 +56,7 @@ def plan_matrices(
     bound: Sequence[BoundParameter],
     active: Sequence[bool],
     kinds: Sequence[str],
+    groups: Sequence[dict[str, Any]],
     options: ExchangeOptions,
 ) -> Plan:
     """The plan for the active parameters of one process group.
@@ -64,12 +65,14 @@ def plan_matrices(
         bound: All matrix parameters of the group.
         active: Which of them have a gradient in this step.
         kinds: For each, what must agree for its matrices to be batched with others.
+        groups: ``param_groups`` of the optimizer.
         options: How matrices travel.
     """
     matrices = [
-        Matrix(b.name, index, b.layout, block, kinds[index])
+        Matrix(b.name, index, b.layout, block, kinds[index], _work(block.shape, group))
         for index, b in enumerate(bound)
         if active[index]
+        for group in (groups[b.group_index],)
         for block in b.blocks
     ]
     return make_plan(
@@ -80,6 +83,12 @@ def plan_matrices(
         bucket_bytes=options.bucket_bytes,
         replicas=options.replicas,  # type: ignore[arg-type]
     )
+
+
+def _work(shape: tuple[int, int], group: dict[str, Any]) -> tuple[int, int] | None:
+    """What of a matrix travels, where its rule may take less than all."""
+    rule = _rule(group)
+    return rule.work_shape(shape, group) if rule.selects else None
 
 
 class MatrixStep:
@@ -119,6 +128,9 @@ class MatrixStep:
         present = sorted({run.group_of(i) for i in range(len(self._plan.matrices))})
         for group_index in present:
             _rule(groups[group_index]).begin(run, group_index)
+        if run.choices:
+            selections = {index: choice.selection for index, choice in run.choices.items()}
+            self._exchange.narrow(selections)
         self._run_buckets(run)
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
@@ -176,7 +188,7 @@ class MatrixStep:
         batches: dict[tuple[tuple[int, int], str], list[int]] = {}
         for index in schedule.owned:
             matrix = self._plan.matrices[index]
-            batches.setdefault((matrix.block.shape, matrix.kind), []).append(index)
+            batches.setdefault((matrix.work_shape, matrix.kind), []).append(index)
         inputs: dict[int, Tensor] = {}
         stacks = []
         for (shape, _), indices in batches.items():

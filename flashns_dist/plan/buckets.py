@@ -43,7 +43,7 @@ class Buckets:
                 counts[rank] += 1
         self.most_owned = max(counts, default=0)
         for indices in self._owned:
-            indices.sort(key=lambda i: (matrices[i].block.shape, matrices[i].kind, i), reverse=True)
+            indices.sort(key=lambda i: (matrices[i].work_shape, matrices[i].kind, i), reverse=True)
         alone = [
             matrix.numel * max(-(-matrix.layout.num_replicas // len(ranks)), 1)
             for matrix, ranks in zip(matrices, owners, strict=True)

@@ -21,6 +21,8 @@ class Matrix:
         block: Which part of the parameter it is.
         kind: Whatever must agree for matrices to be batched together (method, coefficients, dtype),
             as text.
+        work: Rows and columns of what travels and is orthogonalized, where that is a selection of
+            the block's, another one in each step; None for all of them.
     """
 
     name: str
@@ -28,14 +30,21 @@ class Matrix:
     layout: Layout
     block: Block
     kind: str = ""
+    work: tuple[int, int] | None = None
+
+    @property
+    def work_shape(self) -> tuple[int, int]:
+        return self.work or self.block.shape
 
     @property
     def numel(self) -> int:
-        return self.block.rows * self.block.cols
+        """Elements that travel and are orthogonalized."""
+        rows, cols = self.work_shape
+        return rows * cols
 
     @cached_property
     def digest(self) -> str:
-        text = repr((self.name, self.layout.digest, self.block, self.kind))
+        text = repr((self.name, self.layout.digest, self.block, self.kind, self.work))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

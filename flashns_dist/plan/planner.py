@@ -54,7 +54,7 @@ def make_plan(
                 f"has {group_size}"
             )
     cost = cost or CostModel()
-    seconds = [cost.orthogonalize_seconds(*matrix.block.shape) for matrix in matrices]
+    seconds = [cost.orthogonalize_seconds(*matrix.work_shape) for matrix in matrices]
     move = [2 * cost.wire_seconds(matrix.numel * wire_itemsize) for matrix in matrices]
     plans = []
     for share in _share_candidates(matrices, replicas):

@@ -15,6 +15,9 @@ from flashns_dist.plan.routing import position, replica_of, share_of
 class Traffic:
     """Elements that travel between ranks, by group rank and direction; exactly what schedules say.
 
+    Of a matrix of which a part is selected in each step, what travels if the selection is spread
+    evenly over its ranks.
+
     Attributes:
         gather_sends, gather_receives: Fragments to owners.
         scatter_sends, scatter_receives: Results to holders.
@@ -58,12 +61,26 @@ class Traffic:
             owners: For each, its owners.
             indices: Which to count.
         """
-        alike: dict[tuple[int, Block], list[int]] = {}
+        alike: dict[tuple[int, Block, int], list[int]] = {}
         for index in indices:
             matrix = matrices[index]
-            alike.setdefault((id(matrix.layout), matrix.block), []).append(index)
-        for (_, block), members in alike.items():
-            self._add_alike(matrices[members[0]].layout, block, owners, members)
+            key = (id(matrix.layout), matrix.block, matrix.numel)
+            alike.setdefault(key, []).append(index)
+        for (_, block, numel), members in alike.items():
+            layout = matrices[members[0]].layout
+            if numel == block.rows * block.cols:
+                self._add_alike(layout, block, owners, members)
+            else:
+                whole = Traffic(len(self.owned))
+                whole._add_alike(layout, block, owners, members)
+                self._add_part(whole, numel, block.rows * block.cols)
+
+    def _add_part(self, other: Traffic, numerator: int, denominator: int) -> None:
+        """Add a fraction of another count."""
+        for name, counts in vars(other).items():
+            ours = getattr(self, name)
+            for rank, count in enumerate(counts):
+                ours[rank] += -(-count * numerator // denominator)
 
     def _add_alike(
         self, layout: Layout, block: Block, owners: Sequence[Sequence[int]], members: Sequence[int]

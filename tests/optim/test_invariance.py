@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.layout import even_flat_layout, flat_layout, leading_blocks
 from flashns_dist.optim import BoundParameter
+from flashns_dist.optim.settings import init_state
 from flashns_dist.testing.pool import RankPool, rank_device
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -191,6 +192,8 @@ CASES = [(name, size) for name, (_, sizes) in SCENARIOS.items() for size in size
 RULES: dict[str, dict[str, object]] = {
     "muon": {"equilibrate": True, "renormalize": "columns_rows", "independent_decay": True},
     "normuon": {"update_rule": "normuon"},
+    "dion2": {"update_rule": "dion2"},
+    "dion2 with normuon": {"update_rule": "dion2", "fraction": 0.4, "normuon": True},
 }
 
 
@@ -230,7 +233,7 @@ def test_weights_equal_those_of_one_process(ranks: RankPool, name: str, world_si
     ranks.run(world_size, compare_with_one_process, Scenario(**values))
 
 
-def compare_flat_shards(seed: int) -> None:
+def compare_flat_shards(seed: int, settings: dict[str, object]) -> None:
     """Matrices in one flat buffer, cut at arbitrary places, as ZeRO and Megatron store them."""
     size, rank = dist.get_world_size(), dist.get_rank()
     device = rank_device()
@@ -242,13 +245,11 @@ def compare_flat_shards(seed: int) -> None:
     cuts = [0, *cuts, total]
     values = torch.randn(total, generator=generator).to(device)
     flat = nn.Parameter(values[cuts[rank] : cuts[rank + 1]].clone())
-    optimizer = FlashMuon([{"params": [nn.Parameter(torch.zeros(2, 2))]}], lr=0.05)
+    optimizer = FlashMuon([{"params": [nn.Parameter(torch.zeros(2, 2))]}], lr=0.05, **settings)
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.state.clear()
-    optimizer.state[flat] = {
-        "step": torch.zeros(()),
-        "momentum_buffer": torch.zeros_like(flat.data),
-    }
+    blocks = tuple(block for shape in SHAPES for block in leading_blocks(shape))
+    optimizer.state[flat] = init_state(flat, optimizer.param_groups[0], blocks)
 
     def bind() -> list[BoundParameter]:
         bound, begin = [], 0
@@ -276,7 +277,7 @@ def compare_flat_shards(seed: int) -> None:
         numel = shape[0] * shape[1]
         alone.append(nn.Parameter(values[begin : begin + numel].view(shape).clone()))
         begin += numel
-    reference = FlashMuon(alone, lr=0.05, exchange=ExchangeOptions(replica_group=None))
+    reference = FlashMuon(alone, lr=0.05, exchange=ExchangeOptions(replica_group=None), **settings)
     for _ in range(3):
         gradient = torch.randn(total, generator=generator).to(device)
         flat.grad = gradient[cuts[rank] : cuts[rank + 1]].clone()
@@ -293,7 +294,13 @@ def compare_flat_shards(seed: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_flat_shards_give_the_weights_of_one_process(ranks: RankPool, world_size: int) -> None:
     for seed in range(3):
-        ranks.run(world_size, compare_flat_shards, seed)
+        ranks.run(world_size, compare_flat_shards, seed, {})
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "muon"])
+def test_flat_shards_follow_every_rule(ranks: RankPool, rule: str) -> None:
+    for world_size in (3, 4):
+        ranks.run(world_size, compare_flat_shards, world_size, RULES[rule])
 
 
 def test_even_flat_layout_covers_everything() -> None:

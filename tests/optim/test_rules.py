@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from math import sqrt
+from math import ceil, sqrt
 
 import pytest
 import torch
@@ -158,7 +158,62 @@ def test_normuon_follows_its_formula() -> None:
     assert all((m > 0).all() for m in moments)
 
 
-@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def dion2_update(fraction: float, dim: int | None, beta2: float | None) -> Update:
+    def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        along = int(g.shape[0] > g.shape[1]) if dim is None else dim
+        m = state["m"] = state.get("m", torch.zeros_like(g)) + g
+        sums = m.abs().sum(1 - along)
+        kept = sums.argsort(descending=True)[: ceil(fraction * len(sums))].sort().values
+        o = polar(m.index_select(along, kept))
+        m[(kept,) if along == 0 else (slice(None), kept)] *= MU
+        if beta2 is not None:
+            v = state.setdefault("v", torch.zeros(len(g), dtype=g.dtype))
+            v[kept] = beta2 * v[kept] + (1 - beta2) * (o * o).mean(1)
+            scaled = o / (v[kept].sqrt() + 1e-8)[:, None]
+            o = scaled * o.norm() / scaled.norm()
+        return torch.zeros_like(g).index_copy_(along, kept, o)
+
+    return update
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize(("select", "dim"), [("shorter", None), ("rows", 0), ("columns", 1)])
+def test_dion2_follows_its_formula(fraction: float, select: str, dim: int | None) -> None:
+    params = parameters()
+    run(params, update_rule="dion2", fraction=fraction, select=select)
+    check(params, reference(dion2_update(fraction, dim, None)))
+
+
+def test_dion2_with_normuon_follows_its_formula() -> None:
+    params = parameters()
+    run(params, update_rule="dion2", normuon=True, beta2=0.8)
+    check(params, reference(dion2_update(0.25, 0, 0.8)))
+
+
+def test_equal_rows_are_selected_by_their_index() -> None:
+    param = nn.Parameter(torch.zeros(8, 16))
+    optimizer = FlashMuon([param], update_rule="dion2", lr=1.0, weight_decay=0.0)
+    param.grad = torch.ones(8, 16).tril(12).roll(3, 1)
+    param.grad[3] = 100.0
+    param.grad[[0, 2, 4, 5, 6, 7]] = 5.0
+    optimizer.step()
+    assert param.detach().any(dim=1).nonzero().flatten().tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_dion2_selects_the_same_at_any_scale(scale: float) -> None:
+    chosen = []
+    for factor in (1.0, scale):
+        param = nn.Parameter(torch.zeros(16, 32))
+        optimizer = FlashMuon([param], update_rule="dion2", lr=1.0, weight_decay=0.0)
+        param.grad = gradient(0, 0, (16, 32)).float() * factor
+        optimizer.step()
+        chosen.append(param.detach().any(dim=1).nonzero().flatten().tolist())
+    assert len(chosen[0]) == 4
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon", "dion2"])
 def test_a_zero_gradient_changes_nothing(rule: str) -> None:
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = FlashMuon(
@@ -223,6 +278,9 @@ def test_groups_with_different_rules_are_one_optimizer() -> None:
         ({"renormalize": "twice"}, "renormalize='twice'"),
         ({"update_rule": "normuon", "beta2": 1.0}, "beta2=1.0"),
         ({"independent_decay": True, "weight_decay": 1.0}, "weight_decay=1.0"),
+        ({"update_rule": "dion2", "fraction": 0.0}, "fraction=0.0"),
+        ({"update_rule": "dion2", "select": "diagonals"}, "select='diagonals'"),
+        ({"update_rule": "dion2", "select": "columns", "normuon": True}, 'select="columns"'),
         ({"betta2": 0.9}, "betta2 is neither an argument of FlashMuon"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.layout import Block
+from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.pieces import Pieces, Run
 
 
@@ -24,11 +25,14 @@ class MatrixRule:
         name: The ``"update_rule"`` of a parameter group.
         settings: A group's settings that only some rules have, with their defaults.
         local_states: Names of the states that are sharded as the parameter is.
+        selects: Whether only some rows or columns of a matrix travel (``work_shape``); ``begin``
+            then puts into ``run.choices`` which.
     """
 
     name: ClassVar[str]
     settings: ClassVar[Mapping[str, Any]] = {}
     local_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    selects: ClassVar[bool] = False
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError for a setting out of range, naming it."""
@@ -59,6 +63,13 @@ class MatrixRule:
         They are plain tensors, the same on every rank of the process group.
         """
         return ()
+
+    def check_layout(self, bound: BoundParameter) -> None:
+        """Raise NotImplementedError, on every rank, for a layout that the rule cannot take."""
+
+    def work_shape(self, shape: tuple[int, int], group: Mapping[str, Any]) -> tuple[int, int]:
+        """Rows and columns of a matrix that travel and are orthogonalized."""
+        return shape
 
     def kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch on their owner, besides the method."""
