@@ -10,9 +10,9 @@ from flashns_dist.orthogonalize.methods import METHODS, check_coefficients, find
 from flashns_dist.orthogonalize.restarts import ordered_restarts, restart_positions
 
 FAST_ROWS = 768
-"""From here on ``"fast"`` was faster than ``"unbiased"`` on an H200, by up to 1.35, but for two small
-batches where it was 3 % slower (docs/benchmarks/orthogonalize-h200.jsonl). Below, its many small
-operations cost more than the products that it saves."""
+"""From here on ``"fast"`` was faster than ``"unbiased"`` on an H200, by up to 1.35, but for two
+small batches where it was 3 % slower (docs/benchmarks/orthogonalize-h200.jsonl). Below, its many
+small operations cost more than the products that it saves."""
 
 STANDARD_ROWS = 512
 """Up to here ``"standard"`` was faster than ``"unbiased"`` there for square matrices."""

@@ -93,7 +93,7 @@ def shrink_factors(
     sketch ``X^T Omega`` here, so that ``G = Omega^T X Y`` needs no pass over ``Y``.
 
     Args:
-        kernels: The backend; one kernel per matrix if it runs Triton.
+        kernels: The backend; two fused kernels if it runs Triton.
         image: ``(batch, k, n)``.
         signs: ``Omega^T``.
         size: ``||X||``.
@@ -102,8 +102,7 @@ def shrink_factors(
         Both ``(batch, k, n)`` in the dtype of ``image``; the second is multiplied by ``size``.
     """
     k, dtype = image.shape[1], image.dtype
-    few = k == NUM_DIRECTIONS and image.shape[2] <= small.MAX_COLUMNS
-    if few and small.runs_triton(kernels, image):
+    if k == NUM_DIRECTIONS and small.runs_triton(kernels, image):
         weight = -1 / slope(SHRINK_ROW)
         return small.shrink_factors(image, signs[0], size, MARGIN, BASIS_ROW, SHRINK_ROW, weight)
     # What has k rows is small, and in fp32 where rounding would show: a shrunk singular value is a

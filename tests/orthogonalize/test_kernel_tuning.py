@@ -143,16 +143,16 @@ def test_the_cpu_gets_torch():
 def test_defaults_are_what_the_h200_measured():
     configs = pytest.importorskip("flashns_dist.orthogonalize.kernels.triton_configs")
 
-    def symmetric(batch, n):
-        found = configs.default_symmetric(configs.SYMMETRIC_TMA, batch, n, 132)
+    def symmetric(batch, n, k=None):
+        found = configs.default_symmetric(configs.SYMMETRIC_TMA, batch, n, k or n, 132)
         assert found in configs.SYMMETRIC_TMA
         return found.label()
 
     def product(batch, n, m):
         return configs.default_product(configs.PRODUCT_TMA, batch, n, m, 132).label()
 
-    assert {symmetric(*s) for s in ((16, 2048), (256, 256), (1, 7168))} == {"128x128x64w4s3"}
-    assert symmetric(2, 8192) == "128x128x64w8s4"
+    assert {symmetric(*s) for s in ((16, 2048), (256, 256), (8, 1024, 4096))} == {"128x128x64w4s3"}
+    assert symmetric(2, 8192) == symmetric(16, 2048, 8192) == "128x256x64w8s3"
     assert symmetric(1, 256) == "64x64x64w4s4"
     assert product(24, 1024, 1024) == product(2, 1024, 4096) == "128x128x64w4s3"
     assert product(16, 2048, 2048) == product(4, 4096, 14336) == "128x256x64w8s3"
@@ -160,7 +160,7 @@ def test_defaults_are_what_the_h200_measured():
     # No pointer configuration of depth 32, which came out wrong.
     for config in (*configs.SYMMETRIC_POINTER, *configs.PRODUCT_POINTER):
         assert config.depth == 64
-        assert config in (configs.default_symmetric(configs.SYMMETRIC_POINTER, b, 512, 132)
+        assert config in (configs.default_symmetric(configs.SYMMETRIC_POINTER, b, 512, 512, 132)
                           for b in (1, 64))  # fmt: skip
 
 

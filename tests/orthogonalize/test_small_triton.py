@@ -36,12 +36,6 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 NAMES = ("gaussian", "power_1", "one_dominant", "log_uniform_1e-3")
 
 
-@pytest.fixture(autouse=True)
-def fused_on_gpus(monkeypatch):
-    """Off by default until measured; here they are what is tested."""
-    monkeypatch.setattr(small, "FUSED_ON_GPUS", True)
-
-
 @pytest.fixture(scope="module")
 def backends():
     return load_backend("triton"), load_backend("torch")

@@ -71,7 +71,7 @@ def product(config, tma, arch):
     return build(product_kernel, names, constants, config, arch)
 
 hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
-hopper += [product(c, True, 90) for c in configs.PRODUCT_TMA]
+hopper += [product(c, True, 90) for c in (*configs.PRODUCT_TMA, *configs.PRODUCT_SHALLOW)]
 ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
 ampere += [product(c, False, 80) for c in configs.PRODUCT_POINTER]
 print(json.dumps({"hopper": hopper, "ampere": ampere}))

@@ -12,14 +12,8 @@ from torch import Tensor
 from flashns_dist.orthogonalize.kernels.interface import Kernels
 
 _HALF = (torch.float16, torch.bfloat16)
-
-MAX_COLUMNS = 2048
-"""Up to here ``shrink_factors`` runs in one program per matrix, which makes three passes of
-``n / 64`` blocks. Beyond, separate operations spread the work, and launching them does not show."""
-
-FUSED_ON_GPUS = True
-"""Whether these kernels run on GPUs. They pass in Triton's interpreter and compile for sm_80 to
-sm_90, but have not run on a GPU yet: measure them (``launch.bench.orthogonalize``) first."""
+BLOCK = 64
+"""Columns of a program of ``shrink_factors``."""
 
 
 def runs_triton(kernels: Kernels, t: Tensor) -> bool:
@@ -29,7 +23,7 @@ def runs_triton(kernels: Kernels, t: Tensor) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if t.is_cuda:
-        return FUSED_ON_GPUS
+        return torch.cuda.get_device_capability(t.device)[0] >= 8
     from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
 
     return interpreting()
@@ -44,17 +38,24 @@ def shrink_factors(
     shrink_row: tuple[float, ...],
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """``deflation.shrink_factors`` in one kernel; see there. The number of rows is a power of 2."""
-    from flashns_dist.orthogonalize.kernels.small_triton import shrink_factors_kernel
+    """``deflation.shrink_factors`` in two kernels; see there. ``k`` is a power of 2."""
+    from flashns_dist.orthogonalize.kernels.small_triton import (
+        shrink_basis_kernel,
+        shrink_weights_kernel,
+    )
 
     batch, k, n = image.shape
     image = image.contiguous()
     a, weights = torch.empty_like(image), torch.empty_like(image)
-    shrink_factors_kernel[(batch,)](
-        image, signs.contiguous(), a, weights, n, size, margin,
-        BASIS=basis_row, SHRINK=shrink_row, WEIGHT=weight,
-        K=k, BLOCK=64, PRECISION=_precision(image), num_warps=4,
-    )  # fmt: skip
+    grid = (batch, -(-n // BLOCK))
+    constants = {"K": k, "BLOCK": BLOCK, "PRECISION": _precision(image)}
+    options = {"num_warps": 4, "num_stages": 4}
+    shrink_basis_kernel[grid](
+        image, signs.contiguous(), a, n, size, ROW=basis_row, **constants, **options
+    )
+    shrink_weights_kernel[grid](
+        a, weights, n, size, margin, ROW=shrink_row, WEIGHT=weight, **constants, **options
+    )
     return a, weights
 
 

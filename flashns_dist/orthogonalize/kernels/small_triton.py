@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of what is too small to be many operations: one program per matrix, or per batch.
+"""Triton kernels of what is too small to be many operations.
 
 Launched on the current stream; usable in CUDA graphs and under torch.compile.
 """
@@ -29,57 +29,81 @@ def _shrink(m, identity, ROW: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def shrink_factors_kernel(
+def _inner(left, right, base, right_base, n, K: tl.constexpr, BLOCK: tl.constexpr):
+    """``left right^T`` of two ``(K, n)`` matrices, in fp32."""
+    rows = tl.arange(0, K)[:, None].to(tl.int64) * n
+    total = tl.zeros((K, K), dtype=tl.float32)
+    for start in tl.range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(left + base + offsets, mask=mask, other=0.0)
+        other = tl.load(right + right_base + offsets, mask=mask, other=0.0)
+        total = tl.dot(block, other.T, total)
+    return total
+
+
+@triton.jit
+def _multiply_chunk(
+    factor, source, target, base, n, K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """This program's ``BLOCK`` columns of ``factor source``."""
+    rows = tl.arange(0, K)[:, None].to(tl.int64) * n
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offsets, mask = rows + cols[None, :], cols[None, :] < n
+    block = tl.load(source + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    block = tl.dot(factor, block, input_precision=PRECISION)
+    tl.store(target + base + offsets, block.to(target.dtype.element_ty), mask=mask)
+
+
+# Both kernels below run one program per matrix and block of columns. Each program computes the
+# K x K matrices anew, which takes less time than waiting for another that does.
+
+
+@triton.jit
+def shrink_basis_kernel(
     image,  # (batch, K, n), contiguous
     signs,  # (K, n), contiguous
+    a,  # (batch, K, n), contiguous
+    n,
+    size,
+    ROW: tl.constexpr,  # nine numbers
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first result of ``deflation.shrink_factors``."""
+    base = tl.program_id(0).to(tl.int64) * K * n
+    r = tl.arange(0, K)
+    identity = (r[:, None] == r[None, :]).to(tl.float32)
+    inner = _inner(image, signs, base, 0, n, K, BLOCK)
+    inner = (inner + inner.T) * (0.5 * size)
+    trace = tl.sum(tl.sum(inner * identity, axis=1), axis=0)
+    inverse = tl.where(trace == 0.0, 1.0, 1.0 / trace)
+    factor = _chain(inner * inverse, identity, ROW, PRECISION)
+    factor = factor * (size * tl.sqrt(inverse))
+    _multiply_chunk(factor, image, a, base, n, K, BLOCK, PRECISION)
+
+
+@triton.jit
+def shrink_weights_kernel(
     a,  # (batch, K, n), contiguous
     weights,  # (batch, K, n), contiguous
     n,
     size,
     margin,
-    BASIS: tl.constexpr,  # rows of nine numbers
-    SHRINK: tl.constexpr,
+    ROW: tl.constexpr,
     WEIGHT: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``deflation.shrink_factors`` for one matrix, without leaving the SM for what is K x K."""
-    batch = tl.program_id(0).to(tl.int64)
+    """The second result of ``deflation.shrink_factors``, from the first."""
+    base = tl.program_id(0).to(tl.int64) * K * n
     r = tl.arange(0, K)
     identity = (r[:, None] == r[None, :]).to(tl.float32)
-    base = batch * K * n
-    rows = r[:, None].to(tl.int64) * n
-    inner = tl.zeros((K, K), dtype=tl.float32)
-    for start in tl.range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        offsets, mask = rows + cols[None, :], cols[None, :] < n
-        block = tl.load(image + base + offsets, mask=mask, other=0.0)
-        sign = tl.load(signs + offsets, mask=mask, other=0.0)
-        inner = tl.dot(block, sign.T, inner)
-    inner = (inner + inner.T) * (0.5 * size)
-    trace = tl.sum(tl.sum(inner * identity, axis=1), axis=0)
-    inverse = tl.where(trace == 0.0, 1.0, 1.0 / trace)
-    factor = _chain(inner * inverse, identity, BASIS, PRECISION)
-    factor = factor * (size * tl.sqrt(inverse))
-    inner = tl.zeros((K, K), dtype=tl.float32)
-    for start in tl.range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        offsets, mask = rows + cols[None, :], cols[None, :] < n
-        block = tl.load(image + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        block = tl.dot(factor, block, input_precision=PRECISION).to(a.dtype.element_ty)
-        tl.store(a + base + offsets, block, mask=mask)
-        inner = tl.dot(block, block.T, inner)
-    inner = inner * (1.0 / (margin * size * size))
-    phi = _shrink(inner, identity, SHRINK, WEIGHT, PRECISION) * (1.0 / (margin * size))
-    # What this program wrote to a is read back by other threads of it.
-    tl.debug_barrier()
-    for start in tl.range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        offsets, mask = rows + cols[None, :], cols[None, :] < n
-        block = tl.load(a + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        block = tl.dot(phi, block, input_precision=PRECISION).to(weights.dtype.element_ty)
-        tl.store(weights + base + offsets, block, mask=mask)
+    inner = _inner(a, a, base, base, n, K, BLOCK) * (1.0 / (margin * size * size))
+    phi = _shrink(inner, identity, ROW, WEIGHT, PRECISION) * (1.0 / (margin * size))
+    _multiply_chunk(phi, a, weights, base, n, K, BLOCK, PRECISION)
 
 
 @triton.jit

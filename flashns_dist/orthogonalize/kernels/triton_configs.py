@@ -52,6 +52,12 @@ PRODUCT_TMA = (
     TileConfig(128, 256, 64, 8, 4),
     TileConfig(64, 128, 64, 4, 4),
 )
+# For sums of at most 64, which only move memory: no pipeline, so that many programs fit on an SM.
+PRODUCT_SHALLOW = (
+    TileConfig(128, 128, 64, 8, 1),
+    TileConfig(128, 128, 64, 4, 3),
+    TileConfig(64, 128, 64, 4, 1),
+)
 # With plain pointers (other devices, and strides that descriptors cannot express). No depth of 32:
 # with odd strides the symmetric product of 128 x 128 x 32 and 4 warps came out wrong on the H200 at
 # (5, 129, 131), float16 and bfloat16, while every depth of 64 was right. Why is not known: the PTX
@@ -73,11 +79,13 @@ def symmetric_configs(dtype: torch.dtype, tma: bool) -> tuple[TileConfig, ...]:
     return SYMMETRIC_TMA if tma else SYMMETRIC_POINTER
 
 
-def product_configs(dtype: torch.dtype, tma: bool) -> tuple[TileConfig, ...]:
-    """The candidates of a general product."""
+def product_configs(dtype: torch.dtype, tma: bool, k: int) -> tuple[TileConfig, ...]:
+    """The candidates of a general product that sums over ``k``."""
     if dtype == torch.float32:
         return (FLOAT32,)
-    return PRODUCT_TMA if tma else PRODUCT_POINTER
+    if not tma:
+        return PRODUCT_POINTER
+    return PRODUCT_TMA if k > 64 else PRODUCT_SHALLOW
 
 
 def default_symmetric(
