@@ -7,6 +7,7 @@ The momentum of a matrix goes by the name of ``exp_avg``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
+from flashns_dist.optim import FlashMuon
 from flashns_dist.optim.state import plain_state_dict
 
 from .support import check_sharding_type
 
 _IDENTITY = ("update_rule", "is_transposed", "wd_mult", "is_expert_parallel", "is_decoupled_lr")
-# Of FlashMuon's settings, those that Megatron's scheduler sets and checkpoints bring back.
-_SCHEDULED = ("lr", "weight_decay")
 
 
 class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -214,30 +214,16 @@ def restored_groups(
                 "--flashmuon-overrides: resume with the same, or with --no-load-optim."
             )
         theirs = same.pop(0)
-        ours = {key for key in group if key not in _SCHEDULED and key in _FLASHMUON}
-        taken = {k: v for k, v in theirs.items() if k not in ours and k not in ("params", "step")}
-        restored.append({**group, **taken})
+        kept = {"params", "step", *_IDENTITY, *_own_settings(group["update_rule"])}
+        restored.append({**group, **{k: v for k, v in theirs.items() if k not in kept}})
     return restored
 
 
-_FLASHMUON = frozenset(
-    {
-        "momentum",
-        "nesterov",
-        "adjust_lr_fn",
-        "method",
-        "ns_coefficients",
-        "ns_steps",
-        "ns_dtype",
-        "backend",
-        "betas",
-        "eps",
-        "cautious",
-        "rounding",
-        "update_rule",
-        "is_transposed",
-    }
-)
+@cache
+def _own_settings(update_rule: str) -> frozenset[str]:
+    """FlashMuon's settings of a group, without those that schedulers set."""
+    (group,) = FlashMuon([{"params": [], "update_rule": update_rule}]).param_groups
+    return frozenset(group) - {"lr", "weight_decay"}
 
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:

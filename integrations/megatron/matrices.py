@@ -6,14 +6,12 @@ store it row after row, shard after shard; so that the matrices do not depend on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
 
-from flashns_dist.layout import Block, Box, leading_blocks
+from flashns_dist.layout import Block, Sections, leading_blocks
 
 from .layouts import global_shape
 
@@ -56,12 +54,11 @@ def describe(
 
     Raises:
         ValueError: A fused weight has not the shape that its module's config says.
-        NotImplementedError: Packed gated experts that are cut by tensor parallelism.
     """
     dim = tensor_parallel_dim(param) if num_shards > 1 else -1
     shape = tuple(int(size) for size in param.shape) or (1,)
     if is_packed_experts(name, owners):
-        return _packed_experts(name, shape, dim, owners[0], num_shards, split_gate_up and is_matrix)
+        return _packed_experts(name, shape, dim, owners[0], num_shards, split_gate_up)
     if not is_matrix:
         return Description(shape, dim, ())
     whole = global_shape(shape, dim, num_shards)
@@ -101,7 +98,7 @@ def _module_name(name: str) -> str:
 
 def _qkv(name: str, shape: tuple[int, ...], config: Any) -> tuple[Block, ...]:
     """Query, (output gate,) key and value; the rows of each query group follow one another."""
-    rows, cols = shape
+    rows = shape[0]
     groups, heads, width = (
         int(getattr(config, key, None) or 0)
         for key in ("num_query_groups", "num_attention_heads", "kv_channels")
@@ -115,29 +112,13 @@ def _qkv(name: str, shape: tuple[int, ...], config: Any) -> tuple[Block, ...]:
             f"{groups} query groups, so that it cannot be split. Use --no-flashmuon-split-qkv "
             "(Settings(split_qkv=False)) to orthogonalize it as one matrix."
         )
-    starts = [0, *accumulate(sizes)]
-    return tuple(
-        Block(
-            tuple(Box((g * sum(sizes) + start, 0), (size, cols)) for g in range(groups)),
-            groups * size,
-            cols,
-        )
-        for start, size in zip(starts[:-1], sizes, strict=True)
-    )
+    return Sections(tuple(sizes), repeats=groups)(shape)
 
 
-def _gate_up(shape: tuple[int, ...], num_shards: int) -> tuple[Block, ...]:
-    """Gate and up projection of rows ``[gate_0, up_0, gate_1, up_1, ...]``."""
-    rows, cols = shape
-    half = rows // num_shards // 2
-    return tuple(
-        Block(
-            tuple(Box(((2 * s + which) * half, 0), (half, cols)) for s in range(num_shards)),
-            half * num_shards,
-            cols,
-        )
-        for which in (0, 1)
-    )
+def _gate_up(shape: tuple[int, ...], num_shards: int, dim: int = 0) -> tuple[Block, ...]:
+    """Gate and up projection of rows or columns ``[gate_0, up_0, gate_1, up_1, ...]``."""
+    half = shape[dim - 2] // num_shards // 2
+    return Sections((half, half), dim, repeats=num_shards)(shape)
 
 
 def _packed_experts(
@@ -160,18 +141,4 @@ def _packed_experts(
     gated = is_first and bool(getattr(config, "gated_linear_unit", False))
     if not (gated and split_gate_up):
         return Description(local_shape, cut, leading_blocks(whole))
-    if cut >= 0:
-        raise NotImplementedError(
-            f"{name}: the columns of packed gated experts that are cut by tensor parallelism are "
-            "not split into gate and up projections. Use --expert-tensor-parallel-size 1, or "
-            "--no-flashmuon-split-gate-up."
-        )
-    return Description(local_shape, cut, tuple(_halves(whole)))
-
-
-def _halves(shape: tuple[int, ...]) -> Iterator[Block]:
-    experts, rows, cols = shape
-    for expert in range(experts):
-        for start in (0, cols // 2):
-            box = Box((expert, 0, start), (1, rows, cols // 2))
-            yield Block((box,), rows, cols // 2)
+    return Description(local_shape, cut, _gate_up(whole, num_shards if cut >= 0 else 1, dim=1))

@@ -62,7 +62,7 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
     inner.state.clear()
     for group in groups:
         for storage in group["params"]:
-            inner.state[storage] = init_state(storage.detach(), group)
+            inner.state[storage] = init_state(storage.detach(), group, ())
     grid = find_grid(chunks, is_expert, built.get("pg_collection"))
     group_index = {param: i for i, params in enumerate(members) for param in params}
     optimizer.optimizer = inner
@@ -203,7 +203,7 @@ class Binding:
             self._empty[param] = empty
         storage = self._empty[param]
         if storage not in inner.state:
-            inner.state[storage] = init_state(storage, inner.param_groups[group_index])
+            inner.state[storage] = init_state(storage, inner.param_groups[group_index], ())
         return storage
 
     def _check_replicas(self, described: Sequence[tuple[Tensor, Description]], grid: Grid) -> None:

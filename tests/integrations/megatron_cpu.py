@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +119,21 @@ def _patches() -> list[tuple[Any, str, Any]]:
             if getattr(getattr(module, name, None), "__name__", "") == "WrappedTorchNorm":
                 found.append((module, name, _Norm))
     return found
+
+
+@contextmanager
+def checkpoint_writers() -> Iterator[None]:
+    """Lets a rank of the pool, which is a daemon, start the processes that write checkpoints."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    name = next(n for n in vars(filesystem_async) if n.endswith("get_write_results_queue"))
+    results: queue.Queue[Any] = queue.Queue()
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    with (
+        mock.patch.dict(config, daemon=False),
+        mock.patch.object(filesystem_async, name, lambda *args: results),
+    ):
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.integrations.megatron_cpu import megatron_on_cpu
+from tests.integrations.megatron_cpu import checkpoint_writers, megatron_on_cpu
 
 WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
 BATCH = 8
@@ -59,10 +59,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def megatron_ready(case: Case) -> Iterator[None]:
     """Megatron on this rank's process group, with its groups as the case says."""
     warnings.filterwarnings("ignore")
+    from flashns_dist.integrations.megatron import install
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-
-    from flashns_dist.integrations.megatron import install
 
     install()
     with megatron_on_cpu():
@@ -240,9 +239,8 @@ def shard_of(whole: Tensor, param: Tensor, case: Case) -> Tensor:
 
 
 def make_optimizer(case: Case, chunks: list[Any]) -> Any:
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     from flashns_dist.integrations.megatron import Settings
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     values = {
         "muon_momentum": 0.9,
@@ -341,3 +339,67 @@ def collect(history: list[tuple[float, float | None]]) -> list[tuple[float, floa
     dist.all_gather_object(everyone, history if counted else None)
     found = [h for h in everyone if h is not None]
     return [(sum(h[i][0] for h in found) / len(found), found[0][i][1]) for i in range(len(history))]
+
+
+def unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def save(folder: str, chunks: list[Any], optimizer: Any, sharding: str | None) -> None:
+    """Write a ``torch_dist`` checkpoint, as megatron.training does."""
+    from megatron.core import dist_checkpointing
+
+    state = _sharded(chunks, optimizer, sharding, is_loading=False)
+    with checkpoint_writers():
+        dist_checkpointing.save(state, folder)
+
+
+def load(folder: str, chunks: list[Any], optimizer: Any, sharding: str | None) -> None:
+    """Read a checkpoint that any number of ranks has written."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(_sharded(chunks, optimizer, sharding, is_loading=True), folder)
+    for number, chunk in enumerate(chunks):
+        unwrapped(chunk).load_state_dict(loaded[f"model{number}"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _sharded(
+    chunks: list[Any], optimizer: Any, sharding: str | None, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True}
+    if sharding is not None:
+        metadata["distrib_optim_sharding_type"] = sharding
+    state = {
+        f"model{number}": unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+    models = state["model0"] if len(chunks) == 1 else state
+    state["optimizer"] = optimizer.sharded_state_dict(
+        models, is_loading=is_loading, metadata=metadata
+    )
+    return state
+
+
+def train_and_save(case: Case, folder: str, sharding: str | None, steps: int) -> Any:
+    """Losses before and after a checkpoint was written."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        optimizer = make_optimizer(case, chunks)
+        before = train(case, chunks, optimizer, range(steps))
+        save(folder, chunks, optimizer, sharding)
+        return collect(before + train(case, chunks, optimizer, range(steps, 2 * steps)))
+
+
+def resume(case: Case, folder: str, sharding: str | None, steps: int) -> Any:
+    """Losses after the checkpoint."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        for chunk in chunks:
+            for param in chunk.parameters():
+                param.data.mul_(0.5)
+        optimizer = make_optimizer(case, chunks)
+        load(folder, chunks, optimizer, sharding)
+        return collect(train(case, chunks, optimizer, range(steps, 2 * steps)))
