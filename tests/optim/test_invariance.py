@@ -192,6 +192,7 @@ CASES = [(name, size) for name, (_, sizes) in SCENARIOS.items() for size in size
 RULES: dict[str, dict[str, object]] = {
     "muon": {"equilibrate": True, "renormalize": "columns_rows", "independent_decay": True},
     "normuon": {"update_rule": "normuon"},
+    "adamuon": {"update_rule": "adamuon"},
     "dion2": {"update_rule": "dion2"},
     "dion2 with normuon": {"update_rule": "dion2", "fraction": 0.4, "normuon": True},
 }

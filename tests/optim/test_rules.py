@@ -158,6 +158,19 @@ def test_normuon_follows_its_formula() -> None:
     assert all((m > 0).all() for m in moments)
 
 
+def test_adamuon_follows_its_formula() -> None:
+    params = parameters()
+    run(params, update_rule="adamuon", beta2=0.8)
+
+    def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        o = polar(nesterov(g, state).sign())
+        v = state["v"] = 0.8 * state.get("v", torch.zeros_like(o)) + 0.2 * o * o
+        scaled = o / (v.sqrt() + 1e-8)
+        return scaled / scaled.norm() * sqrt(min(o.shape))
+
+    check(params, reference(update), tolerance=1e-7)  # squares have 30 bits
+
+
 def dion2_update(fraction: float, dim: int | None, beta2: float | None) -> Update:
     def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         along = int(g.shape[0] > g.shape[1]) if dim is None else dim
@@ -213,7 +226,7 @@ def test_dion2_selects_the_same_at_any_scale(scale: float) -> None:
     assert chosen[0] == chosen[1]
 
 
-@pytest.mark.parametrize("rule", ["muon", "normuon", "dion2"])
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamuon", "dion2"])
 def test_a_zero_gradient_changes_nothing(rule: str) -> None:
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = FlashMuon(
@@ -278,6 +291,7 @@ def test_groups_with_different_rules_are_one_optimizer() -> None:
         ({"renormalize": "twice"}, "renormalize='twice'"),
         ({"update_rule": "normuon", "beta2": 1.0}, "beta2=1.0"),
         ({"independent_decay": True, "weight_decay": 1.0}, "weight_decay=1.0"),
+        ({"update_rule": "adamuon", "eps": 0.0}, "eps=0.0"),
         ({"update_rule": "dion2", "fraction": 0.0}, "fraction=0.0"),
         ({"update_rule": "dion2", "select": "diagonals"}, "select='diagonals'"),
         ({"update_rule": "dion2", "select": "columns", "normuon": True}, 'select="columns"'),

@@ -1,5 +1,6 @@
 """Update rules, by the name that a parameter group's ``"update_rule"`` gives."""
 
+from flashns_dist.optim.rules.adamuon import AdaMuon
 from flashns_dist.optim.rules.adamw import AdamW
 from flashns_dist.optim.rules.dion2 import Dion2
 from flashns_dist.optim.rules.lion import Lion
@@ -7,7 +8,9 @@ from flashns_dist.optim.rules.muon import Muon
 from flashns_dist.optim.rules.normuon import NorMuon
 from flashns_dist.optim.rules.rule import AuxiliaryRule, MatrixRule
 
-MATRIX_RULES: dict[str, MatrixRule] = {rule.name: rule for rule in (Muon(), NorMuon(), Dion2())}
+MATRIX_RULES: dict[str, MatrixRule] = {
+    rule.name: rule for rule in (Muon(), NorMuon(), AdaMuon(), Dion2())
+}
 AUXILIARY_RULES: dict[str, AuxiliaryRule] = {rule.name: rule for rule in (AdamW(), Lion())}
 RULES: dict[str, MatrixRule | AuxiliaryRule] = {**MATRIX_RULES, **AUXILIARY_RULES}
 

@@ -17,7 +17,7 @@ from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_, update_weights
 from flashns_dist.optim.rules.normuon import scale_rows_, share_row_moments
-from flashns_dist.optim.rules.rule import check_fraction
+from flashns_dist.optim.rules.rule import check_fraction, check_positive
 from flashns_dist.optim.rules.scaling import renormalize_
 from flashns_dist.plan import Matrix
 
@@ -54,6 +54,8 @@ class Dion2(Muon):
         super().check(group)
         check_fraction("fraction", group["fraction"], one=True)
         check_fraction("beta2", group["beta2"])
+        if group["normuon"]:
+            check_positive("eps", group["eps"])
         if group["select"] not in ("shorter", "rows", "columns"):
             raise ValueError(f'select={group["select"]!r}: use "shorter", "rows" or "columns"')
         if group["normuon"] and group["select"] == "columns":
@@ -86,14 +88,10 @@ class Dion2(Muon):
         row. Waits for the device once.
         """
         work = _Work(run, group_index)
-        if work.held:
-            gradients = [
-                torch.zeros_like(m)
-                if (g := run.gradients[run.matrix(i).tensor]) is None
-                else p.view(g).to(m.dtype)
-                for (i, p), m in zip(work.held, work.momenta, strict=True)
-            ]
-            torch._foreach_add_(work.momenta, gradients)
+        for (index, piece), momentum in zip(work.held, work.momenta, strict=True):
+            gradient = run.gradients[run.matrix(index).tensor]
+            if gradient is not None:
+                momentum.add_(piece.view(gradient))
         run.choices.update(work.select())
 
     def before(self, pieces: Pieces) -> list[Tensor]:

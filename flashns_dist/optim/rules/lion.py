@@ -43,10 +43,11 @@ class Lion(AuxiliaryRule):
             momentum = state["exp_avg"]
             if not weight.numel():
                 continue
-            full = weight.to(momentum.dtype)
-            direction = torch.lerp(gradient.to(momentum.dtype), momentum, beta1).sign_()
-            full.mul_(1 - lr * decay).sub_(direction, alpha=lr)
-            momentum.lerp_(gradient.to(momentum.dtype), 1 - beta2)
+            # Products and sums apart: fused ones would round by where in the memory they are.
+            full, gradient = weight.to(momentum.dtype), gradient.to(momentum.dtype)
+            direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
+            full.mul_(1 - lr * decay).sub_(direction.mul_(lr))
+            momentum.mul_(beta2).add_(gradient * (1 - beta2))
             if full.dtype != weight.dtype:
                 write(index, full)
 

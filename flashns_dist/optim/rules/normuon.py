@@ -11,7 +11,7 @@ from torch import Tensor
 from flashns_dist.exchange import reduce_largest_
 from flashns_dist.optim.pieces import Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_
-from flashns_dist.optim.rules.rule import check_fraction
+from flashns_dist.optim.rules.rule import check_fraction, check_positive
 from flashns_dist.optim.rules.scaling import renormalize_, with_norm
 
 
@@ -28,6 +28,7 @@ class NorMuon(Muon):
     def check(self, group: Mapping[str, Any]) -> None:
         super().check(group)
         check_fraction("beta2", group["beta2"])
+        check_positive("eps", group["eps"])
 
     def row_states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("row_moment",)

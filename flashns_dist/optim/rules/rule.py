@@ -110,6 +110,12 @@ def check_fraction(key: str, value: Any, *, one: bool = False) -> None:
         raise ValueError(f"{key}={value} must be in {'(0, 1]' if one else '[0, 1)'}")
 
 
+def check_positive(key: str, value: Any) -> None:
+    """Raise ValueError for a setting that must not be zero."""
+    if not float(value) > 0:
+        raise ValueError(f"{key}={value} must be positive: the update rule divides by it")
+
+
 class AuxiliaryRule:
     """Elementwise update rule of auxiliary parameters, applied where they lie."""
 
@@ -147,4 +153,4 @@ class AuxiliaryRule:
         raise NotImplementedError
 
 
-__all__ = ["AuxiliaryRule", "MatrixRule", "check_fraction"]
+__all__ = ["AuxiliaryRule", "MatrixRule", "check_fraction", "check_positive"]
