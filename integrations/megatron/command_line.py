@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
-
-from megatron.training import arguments as training_arguments
 
 from .internals import attribute, rebind
 from .settings import Settings
@@ -17,7 +16,7 @@ NAME = "flashmuon"
 
 
 def install_arguments(remember: Callable[[Settings], None]) -> None:
-    """Wrap the parser and the validation of megatron.training.
+    """Wrap the parser and the validation of megatron.training, if it is there.
 
     Args:
         remember: Called with the settings once the command line has been parsed.
@@ -25,6 +24,12 @@ def install_arguments(remember: Callable[[Settings], None]) -> None:
     Raises:
         RuntimeError: This version lacks a function that is wrapped.
     """
+    try:
+        training_arguments = import_module("megatron.training.arguments")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("megatron"):
+            raise
+        return  # a megatron-core without megatron.training
     add = attribute(training_arguments, "add_megatron_arguments")
     validate = attribute(training_arguments, "validate_args")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .command_line import NAME, install_arguments
 from .grouping import group_settings
 from .internals import (
     add_overrides,
@@ -20,7 +21,6 @@ from .optimizer import adopt
 from .settings import Resolved, Settings, resolve
 from .support import check_supported
 
-NAME = "flashmuon"
 _installed = False
 _command_line: Settings | None = None
 
@@ -41,12 +41,7 @@ def install() -> None:
         return
     check_version()
     replace_factories(_factory)
-    try:
-        from .command_line import install_arguments
-    except ImportError:  # a megatron-core without megatron.training
-        pass
-    else:
-        install_arguments(remember)
+    install_arguments(remember)
     _installed = True
 
 

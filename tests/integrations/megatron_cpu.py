@@ -131,7 +131,7 @@ def checkpoint_writers() -> Iterator[None]:
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     with (
         mock.patch.dict(config, daemon=False),
-        mock.patch.object(filesystem_async, name, lambda *args: results),
+        mock.patch.object(filesystem_async, name, return_value=results),
     ):
         yield
 

@@ -198,15 +198,18 @@ def global_names(model: Any, case: Case) -> dict[str, Tensor]:
 def fill(model: Any, case: Case) -> None:
     """Weights from their names."""
     for name, param in global_names(model, case).items():
-        if case.tied and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
-        whole = random_like(name, full_shape(param, case))
-        if len(whole.shape) == 1:
-            whole = 1 + 0.1 * whole if name.endswith("weight") else 0.1 * whole
-        else:
-            whole = whole / sqrt(whole.shape[-1])
         with torch.no_grad():
-            param.copy_(shard_of(whole, param, case))
+            param.copy_(shard_of(start_value(name, param, case), param, case))
+
+
+def start_value(name: str, param: Tensor, case: Case) -> Tensor:
+    """The whole weight of this name."""
+    if case.tied and name == "output_layer.weight":
+        name = "embedding.word_embeddings.weight"
+    whole = random_like(name, full_shape(param, case))
+    if whole.ndim > 1:
+        return whole / sqrt(whole.shape[-1])
+    return 1 + 0.1 * whole if name.endswith("weight") else 0.1 * whole
 
 
 def random_like(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
