@@ -79,6 +79,7 @@ def parameter_groups(
     aux_weight_decay: float | None = None,
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
+    aux_update_rule: str = "adamw",
     print_table: bool = False,
 ) -> ParameterGroups:
     """Sort a model's trainable parameters into matrices (Muon) and auxiliary ones (AdamW).
@@ -103,6 +104,7 @@ def parameter_groups(
             otherwise.
         lr, weight_decay: For the matrices, where FlashMuon's own arguments are not to be used.
         aux_lr, aux_weight_decay, betas, eps: For the auxiliary parameters, likewise.
+        aux_update_rule: Of the auxiliary parameters: ``"adamw"`` or ``"lion"``.
         print_table: Print ``table()``.
 
     Returns:
@@ -114,6 +116,8 @@ def parameter_groups(
         ValueError: An override names an unknown rule, a pattern matches nothing, or a view does not
             fit its parameter.
     """
+    if aux_update_rule not in AUXILIARY_RULES:
+        raise ValueError(f"aux_update_rule={aux_update_rule!r}: use one of {list(AUXILIARY_RULES)}")
     overrides = dict(overrides or {})
     for pattern, rule in overrides.items():
         if rule not in (*RULES, "frozen"):
@@ -138,7 +142,7 @@ def parameter_groups(
             if found:
                 values["matrix_view"] = found
             if rule != "muon":
-                values["update_rule"] = rule
+                values["update_rule"] = aux_update_rule if rule == "adamw" else rule
             groups.append({"params": named, **values})
     result = ParameterGroups(groups, decisions)
     if print_table:

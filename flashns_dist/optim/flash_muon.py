@@ -29,11 +29,12 @@ from flashns_dist.optim.settings import (
     init_state,
     is_matrix_rule,
     rule_settings,
+    state_names,
 )
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
-from flashns_dist.optim.step import ExchangeOptions, MatrixStep, plan_matrices
+from flashns_dist.optim.step import ExchangeOptions, MatrixStep, matrices_of, plan_matrices
 from flashns_dist.orthogonalize import Coefficients
-from flashns_dist.plan import Plan
+from flashns_dist.plan import Matrix, Plan
 
 _KEPT = ("nonfinite", "exchange_options", "_aux_defaults", "_settings")  # in pickles and copies
 
@@ -285,9 +286,17 @@ class FlashMuon(Optimizer):
         rule = MATRIX_RULES[group["update_rule"]].kind(group)
         return f"{rule}:{settings}:{self.exchange_options.wire_dtype}"
 
-    def _plan(self, bound: Sequence[BoundParameter], active: Sequence[bool]) -> Plan:
+    def _plan(
+        self, bound: Sequence[BoundParameter], active: Sequence[bool]
+    ) -> tuple[Plan, list[Matrix]]:
+        """The plan of what travels, and what does not."""
         kinds = [self._kind(b) for b in bound]
-        return plan_matrices(bound, active, kinds, self.param_groups, self.exchange_options)
+        travelling, resident = (
+            matrices_of(bound, active, kinds, self.param_groups, travel=travel)
+            for travel in (True, False)
+        )
+        size = bound[0].layout.group_size
+        return plan_matrices(travelling, size, self.exchange_options), resident
 
     def _check_setup(self) -> None:
         if self._checked:
@@ -314,7 +323,7 @@ class FlashMuon(Optimizer):
             matrices = self._matrices(indices)
             digest = "none"
             if matrices:
-                digest = self._plan(matrices, [True] * len(matrices)).digest
+                digest = self._plan(matrices, [True] * len(matrices))[0].digest
             check_same_setup(entries, digest, self._bound[indices[0]].process_group)
         self._checked = True
 
@@ -372,7 +381,7 @@ class FlashMuon(Optimizer):
         self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in chosen])
 
     def _matrix_step(self, bound: list[BoundParameter], flags: tuple[bool, ...]) -> MatrixStep:
-        plan, first = self._plan(bound, flags), bound[0]
+        (plan, resident), first = self._plan(bound, flags), bound[0]
         exchange = Exchange(
             plan,
             first.process_group,
@@ -380,7 +389,7 @@ class FlashMuon(Optimizer):
             first.local(first.storage).device,
             self.exchange_options.wire_dtype,
         )
-        return MatrixStep(bound, plan, exchange)
+        return MatrixStep(bound, plan, exchange, resident, self.param_groups)
 
     def _count_steps(self, bound: Iterable[BoundParameter]) -> None:
         for storage in {id(b.storage): b.storage for b in bound}.values():
@@ -430,16 +439,13 @@ class FlashMuon(Optimizer):
         self._unbind()
 
     def _complete_state(self) -> None:
-        """Zeros for states that the checkpoint lacks: torch.optim.Muon has no ``row_moment``."""
+        """Initial values of states that the checkpoint lacks: torch.optim.Muon has a momentum."""
         for index, group in enumerate(self.param_groups):
-            rule = MATRIX_RULES.get(group["update_rule"])
-            names = (*rule.local_states, *rule.row_states(group)) if rule is not None else ()
             for name, param in self._named(index):
-                if all(key in self.state[param] for key in names):
-                    continue
                 blocks = parameter_blocks(name, param.shape, group)
-                fresh = init_state(param, group, blocks)
-                self.state[param].update({**fresh, **self.state[param]})
+                state = self.state[param]
+                if not set(state) >= state_names(group, blocks):
+                    state.update({**init_state(param, group, blocks), **state})
 
 
 class _Writer:

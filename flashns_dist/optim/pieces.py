@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.exchange import Exchange
-from flashns_dist.layout import Piece
+from flashns_dist.layout import Piece, rank_pieces
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.optim.rounding import element_noise, rounding_seed, stochastic_round_
@@ -27,7 +27,8 @@ class Run:
         groups: ``param_groups`` of the optimizer.
         state: Its state.
         gradients: This rank's part of each bound parameter's gradient; None counts as zero.
-        row_starts: For each matrix, where its rows begin in its storage's states by row.
+        resident: Matrices that do not travel; numbered after the plan's.
+        starts: For each matrix and state by block, where it begins there and how long it is.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Run:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         gradients: Sequence[Tensor | None],
-        row_starts: Sequence[int],
+        resident: Sequence[Matrix],
+        starts: Mapping[tuple[int, str], tuple[int, int]],
     ) -> None:
         self.bound = bound
         self.plan = plan
@@ -47,19 +49,25 @@ class Run:
         self.gradients = gradients
         self.choices: dict[int, Any] = {}  # rows or columns of matrices, where a rule selects some
         self._state = state
-        self._row_starts = row_starts
+        self._starts = starts
+        self._matrices = (*plan.matrices, *resident)
         self._local: dict[tuple[int, str], Tensor] = {}
 
     def matrix(self, index: int) -> Matrix:
-        return self.plan.matrices[index]
+        return self._matrices[index]
+
+    def pieces_of(self, index: int) -> tuple[Piece, ...]:
+        """What this rank stores of a matrix."""
+        matrix = self._matrices[index]
+        return rank_pieces(matrix.layout, matrix.block, self.bound[matrix.tensor].group_rank)
 
     def group_of(self, index: int) -> int:
         """Index of the parameter group of a matrix."""
-        return self.bound[self.plan.matrices[index].tensor].group_index
+        return self.bound[self._matrices[index].tensor].group_index
 
     def matrices_of(self, group_index: int) -> list[int]:
         """A parameter group's matrices in this step: the same on every rank."""
-        return [i for i in range(len(self.plan.matrices)) if self.group_of(i) == group_index]
+        return [i for i in range(len(self._matrices)) if self.group_of(i) == group_index]
 
     def weight(self, tensor: int) -> Tensor:
         """This rank's part of a parameter."""
@@ -69,11 +77,10 @@ class Run:
         """This rank's part of a state that is sharded as its parameter is."""
         return self._cached(tensor, name, self._state[self.bound[tensor].storage][name])
 
-    def row_state(self, index: int, name: str) -> Tensor:
-        """A state with one number per row of a matrix, the same on every rank: ``(rows,)``."""
-        matrix = self.plan.matrices[index]
-        whole: Tensor = self._state[self.bound[matrix.tensor].storage][name]
-        return whole.narrow(0, self._row_starts[index], matrix.block.rows)
+    def block_state(self, index: int, name: str) -> Tensor:
+        """What a matrix has in a state by block, the same on every rank: one-dimensional."""
+        whole: Tensor = self._state[self.bound[self._matrices[index].tensor].storage][name]
+        return whole.narrow(0, *self._starts[index, name])
 
     def _cached(self, tensor: int, name: str, value: Tensor) -> Tensor:
         found = self._local.get((tensor, name))

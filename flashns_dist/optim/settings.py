@@ -11,7 +11,7 @@ from torch import Tensor
 from flashns_dist.layout import Block, leading_blocks
 from flashns_dist.optim.binding import group_view, parameter_blocks
 from flashns_dist.optim.learning_rate import check_adjust_lr
-from flashns_dist.optim.rules import MATRIX_RULES, RULES
+from flashns_dist.optim.rules import MATRIX_RULES, RULES, MatrixRule
 from flashns_dist.optim.rules.muon import orthogonalize_batch, resolve_ns_coefficients
 
 UPDATE_RULES = tuple(RULES)
@@ -114,6 +114,17 @@ def init_state(
     return RULES[group["update_rule"]].init_state(param.detach(), group, blocks)
 
 
+def state_names(group: Mapping[str, Any], blocks: tuple[Block, ...]) -> set[str]:
+    """Names of a parameter's states."""
+    rule = RULES[group["update_rule"]]
+    by_block = (
+        {name for block in blocks for name in rule.block_states(group, block)}
+        if isinstance(rule, MatrixRule)
+        else set()
+    )
+    return {"step", *rule.local_states, *by_block}
+
+
 __all__ = [
     "UPDATE_RULES",
     "check_group",
@@ -123,4 +134,5 @@ __all__ = [
     "init_state",
     "is_matrix_rule",
     "rule_settings",
+    "state_names",
 ]

@@ -52,43 +52,46 @@ class ExchangeOptions:
             )
 
 
-def plan_matrices(
+def matrices_of(
     bound: Sequence[BoundParameter],
     active: Sequence[bool],
     kinds: Sequence[str],
     groups: Sequence[dict[str, Any]],
-    options: ExchangeOptions,
-) -> Plan:
-    """The plan for the active parameters of one process group.
+    *,
+    travel: bool,
+) -> list[Matrix]:
+    """The matrices of the active parameters of one process group that travel, or that do not.
 
     Args:
-        bound: All matrix parameters of the group.
+        bound: All matrix parameters of the process group.
         active: Which of them have a gradient in this step.
         kinds: For each, what must agree for its matrices to be batched with others.
         groups: ``param_groups`` of the optimizer.
-        options: How matrices travel.
+        travel: Which ones.
     """
-    matrices = [
-        Matrix(b.name, index, b.layout, block, kinds[index], _work(block.shape, group))
-        for index, b in enumerate(bound)
-        if active[index]
-        for group in (groups[b.group_index],)
-        for block in b.blocks
-    ]
+    found = []
+    for index, parameter in enumerate(bound):
+        group = groups[parameter.group_index]
+        rule = _rule(group)
+        if not active[index] or rule.travels != travel:
+            continue
+        for block in parameter.blocks:
+            work = rule.work_shape(block.shape, group) if rule.selects else None
+            matrix = Matrix(parameter.name, index, parameter.layout, block, kinds[index], work)
+            found.append(matrix)
+    return found
+
+
+def plan_matrices(matrices: Sequence[Matrix], group_size: int, options: ExchangeOptions) -> Plan:
+    """The plan for matrices of one process group."""
     return make_plan(
         matrices,
-        bound[0].layout.group_size,
+        group_size,
         cost=options.cost,
         wire_itemsize=options.wire_dtype.itemsize,
         bucket_bytes=options.bucket_bytes,
         replicas=options.replicas,  # type: ignore[arg-type]
     )
-
-
-def _work(shape: tuple[int, int], group: dict[str, Any]) -> tuple[int, int] | None:
-    """What of a matrix travels, where its rule may take less than all."""
-    rule = _rule(group)
-    return rule.work_shape(shape, group) if rule.selects else None
 
 
 class MatrixStep:
@@ -98,13 +101,23 @@ class MatrixStep:
         bound: The matrix parameters of one process group.
         plan: Made for the active ones of them.
         exchange: Made for the plan.
+        resident: Their matrices that do not travel.
+        groups: ``param_groups`` of the optimizer.
     """
 
-    def __init__(self, bound: Sequence[BoundParameter], plan: Plan, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        bound: Sequence[BoundParameter],
+        plan: Plan,
+        exchange: Exchange,
+        resident: Sequence[Matrix],
+        groups: Sequence[dict[str, Any]],
+    ) -> None:
         self._bound = bound
         self._plan = plan
-        self._exchange = exchange
-        self._row_starts = _row_starts(bound, plan)
+        self.exchange = exchange
+        self._resident = resident
+        self._starts = _block_starts(bound, (*plan.matrices, *resident), groups)
 
     def run(
         self,
@@ -123,21 +136,30 @@ class MatrixStep:
             gradients: This rank's part of each bound parameter's gradient; None counts as zero.
         """
         run = Run(
-            self._bound, self._plan, self._exchange, groups, state, gradients, self._row_starts
+            self._bound,
+            self._plan,
+            self.exchange,
+            groups,
+            state,
+            gradients,
+            self._resident,
+            self._starts,
         )
-        present = sorted({run.group_of(i) for i in range(len(self._plan.matrices))})
+        present = sorted(
+            {self._bound[m.tensor].group_index for m in (*self._plan.matrices, *self._resident)}
+        )
         for group_index in present:
             _rule(groups[group_index]).begin(run, group_index)
         if run.choices:
             selections = {index: choice.selection for index, choice in run.choices.items()}
-            self._exchange.narrow(selections)
+            self.exchange.narrow(selections)
         self._run_buckets(run)
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
 
     def _run_buckets(self, run: Run) -> None:
         """Bucket k + 1 is gathered and bucket k - 1 scattered while k is on its owners."""
-        exchange, num_buckets = self._exchange, len(self._plan.buckets)
+        exchange, num_buckets = self.exchange, len(self._plan.buckets)
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
         for bucket in range(num_buckets + 1):
@@ -153,7 +175,7 @@ class MatrixStep:
 
     def _pieces(self, bucket: int, run: Run) -> list[tuple[Pieces, list[int]]]:
         """The bucket by parameter group, with the positions of its pieces among the held ones."""
-        held = self._exchange.schedules[bucket].held
+        held = self.exchange.schedules[bucket].held
         positions: dict[int, list[int]] = {}
         for position, (index, _) in enumerate(held):
             positions.setdefault(run.group_of(index), []).append(position)
@@ -174,7 +196,7 @@ class MatrixStep:
         ]
 
     def _before(self, bucket: int, run: Run) -> list[Tensor]:
-        held = self._exchange.schedules[bucket].held
+        held = self.exchange.schedules[bucket].held
         directions: list[Tensor] = [torch.empty(0)] * len(held)
         for pieces, positions in self._pieces(bucket, run):
             found = _rule(pieces.group).before(pieces)
@@ -184,7 +206,7 @@ class MatrixStep:
 
     def _on_owner(self, bucket: int, run: Run, gather: Transfer) -> dict[int, Tensor]:
         """Gather the owned matrices into batches of equal shape and kind, and compute updates."""
-        schedule = self._exchange.schedules[bucket]
+        schedule = self.exchange.schedules[bucket]
         batches: dict[tuple[tuple[int, int], str], list[int]] = {}
         for index in schedule.owned:
             matrix = self._plan.matrices[index]
@@ -192,11 +214,11 @@ class MatrixStep:
         inputs: dict[int, Tensor] = {}
         stacks = []
         for (shape, _), indices in batches.items():
-            stack = self._exchange.new_batch(len(indices), *shape)
+            stack = self.exchange.new_batch(len(indices), *shape)
             stacks.append((stack, indices))
             for slot, index in enumerate(indices):
                 inputs[index] = stack[slot]
-        self._exchange.finish_gather(bucket, gather, inputs)
+        self.exchange.finish_gather(bucket, gather, inputs)
         results: dict[int, Tensor] = {}
         for stack, indices in stacks:
             group = run.groups[run.group_of(indices[0])]
@@ -206,27 +228,33 @@ class MatrixStep:
         return results
 
     def _after(self, bucket: int, run: Run, scatter: Transfer) -> None:
-        updates = self._exchange.finish_scatter(bucket, scatter)
+        updates = self.exchange.finish_scatter(bucket, scatter)
         for pieces, positions in self._pieces(bucket, run):
             _rule(pieces.group).after(pieces, [updates[p] for p in positions])
 
 
-def _row_starts(bound: Sequence[BoundParameter], plan: Plan) -> list[int]:
-    """Where each matrix's rows begin among those of all the matrices in its storage."""
-    starts: dict[tuple[int, int], int] = {}
-    ends: dict[int, int] = {}
+def _block_starts(
+    bound: Sequence[BoundParameter], matrices: Sequence[Matrix], groups: Sequence[dict[str, Any]]
+) -> dict[tuple[int, str], tuple[int, int]]:
+    """For each matrix and state by block: where it begins in its storage's, and how long it is."""
+    found: dict[tuple[int, int, str], tuple[int, int]] = {}
+    ends: dict[tuple[int, str], int] = {}
     for tensor, parameter in enumerate(bound):
-        storage = id(parameter.storage)
+        group = groups[parameter.group_index]
         for number, block in enumerate(parameter.blocks):
-            starts[tensor, number] = ends.get(storage, 0)
-            ends[storage] = starts[tensor, number] + block.rows
+            for name, size in _rule(group).block_states(group, block).items():
+                begin = ends.get((id(parameter.storage), name), 0)
+                found[tensor, number, name] = (begin, size)
+                ends[id(parameter.storage), name] = begin + size
     seen: dict[int, int] = {}
-    found = []
-    for matrix in plan.matrices:  # all blocks of a parameter, in their order
+    starts = {}
+    for index, matrix in enumerate(matrices):  # all blocks of a parameter, in their order
         number = seen.get(matrix.tensor, 0)
         seen[matrix.tensor] = number + 1
-        found.append(starts[matrix.tensor, number])
-    return found
+        group = groups[bound[matrix.tensor].group_index]
+        for name in _rule(group).block_states(group, matrix.block):
+            starts[index, name] = found[matrix.tensor, number, name]
+    return starts
 
 
 def _rule(group: Mapping[str, Any]) -> MatrixRule:

@@ -85,10 +85,18 @@ def compare_with_one_process(scenario: Scenario, mesh: object = None) -> None:
         for param in sharded:
             param.grad = None
     for index, (ours, theirs) in enumerate(zip(sharded, alone, strict=True)):
-        assert torch.equal(whole(ours.detach()), theirs.detach()), f"matrix {index} differs"
+        assert is_equal(whole(ours.detach()), theirs.detach(), scenario), f"matrix {index} differs"
         for name, value in reference.state[alone[index]].items():
-            assert torch.equal(whole(optimizer.state[ours][name]), value), f"{name} of {index}"
+            found = whole(optimizer.state[ours][name])
+            assert is_equal(found, value, scenario), f"{name} of {index} differs"
     assert not any(torch.equal(p, s) for p, s in zip(alone, starts, strict=True) if p.numel())
+
+
+def is_equal(ours: Tensor, theirs: Tensor, scenario: Scenario) -> bool:
+    """In every bit; for Dion, whose partial products are summed over ranks, up to rounding."""
+    if scenario.settings.get("update_rule") != "dion":
+        return torch.equal(ours, theirs)
+    return torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 SHAPES = ((20, 36), (36, 20), (33, 17), (24, 24), (7, 50))
@@ -193,6 +201,7 @@ RULES: dict[str, dict[str, object]] = {
     "muon": {"equilibrate": True, "renormalize": "columns_rows", "independent_decay": True},
     "normuon": {"update_rule": "normuon"},
     "adamuon": {"update_rule": "adamuon"},
+    "dion": {"update_rule": "dion", "dtype": torch.float64},
     "dion2": {"update_rule": "dion2"},
     "dion2 with normuon": {"update_rule": "dion2", "fraction": 0.4, "normuon": True},
 }
@@ -208,6 +217,8 @@ def compare_scenarios(settings: dict[str, object], names: list[str]) -> None:
     }
     for name in names:
         values = vars(SCENARIOS[name][0])
+        if "dtype" in settings and "dtype" in values["settings"]:
+            continue
         merged = {**values["settings"], **settings}
         try:
             compare_with_one_process(
@@ -289,7 +300,11 @@ def compare_flat_shards(seed: int, settings: dict[str, object]) -> None:
         optimizer.step()
         reference.step()
     expected = torch.cat([p.detach().flatten() for p in alone])
-    assert torch.equal(flat.detach(), expected[cuts[rank] : cuts[rank + 1]])
+    found, mine = flat.detach(), expected[cuts[rank] : cuts[rank + 1]]
+    if settings.get("update_rule") == "dion":  # in fp32, a matrix of rank 7 and Q of rank 2 to 8
+        assert torch.allclose(found, mine, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(found, mine)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -301,7 +316,8 @@ def test_flat_shards_give_the_weights_of_one_process(ranks: RankPool, world_size
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "muon"])
 def test_flat_shards_follow_every_rule(ranks: RankPool, rule: str) -> None:
     for world_size in (3, 4):
-        ranks.run(world_size, compare_flat_shards, world_size, RULES[rule])
+        settings = {key: value for key, value in RULES[rule].items() if key != "dtype"}
+        ranks.run(world_size, compare_flat_shards, world_size, settings)
 
 
 def test_even_flat_layout_covers_everything() -> None:

@@ -80,13 +80,17 @@ def build(scheme: str) -> nn.Module:
     return model
 
 
-def optimizer_for(model: nn.Module, scheme: str) -> FlashMuon:
+def optimizer_for(
+    model: nn.Module, scheme: str, rule: str = "muon", aux_rule: str = "adamw", **settings: object
+) -> FlashMuon:
     replica_group = None if scheme == "alone" else "world"
     return FlashMuon(
-        parameter_groups(model),
+        parameter_groups(model, aux_update_rule=aux_rule),
+        update_rule=rule,
         lr=0.05,
-        aux_lr=0.01,
+        aux_lr=0.01 if aux_rule == "adamw" else 0.001,
         exchange=ExchangeOptions(replica_group=replica_group, wire_dtype=torch.float32),
+        **settings,
     )
 
 
@@ -161,19 +165,19 @@ def test_losses_equal_those_of_one_process(ranks: RankPool, scheme: str, world_s
     ranks.run(world_size, compare_losses, scheme)
 
 
-def save(scheme: str, folder: str) -> list[float]:
+def save(scheme: str, folder: str, settings: dict[str, object]) -> list[float]:
     """Train 4 steps, save, and go on: the losses after the checkpoint."""
     model = build(scheme)
-    optimizer = optimizer_for(model, scheme)
+    optimizer = optimizer_for(model, scheme, **settings)
     train(model, optimizer, scheme, range(4))
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     return train(model, optimizer, scheme, range(4, 8))
 
 
-def resume(scheme: str, folder: str) -> list[float]:
+def resume(scheme: str, folder: str, settings: dict[str, object]) -> list[float]:
     model = build(scheme)
-    optimizer = optimizer_for(model, scheme)
+    optimizer = optimizer_for(model, scheme, **settings)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder)
@@ -202,11 +206,43 @@ def resume(scheme: str, folder: str) -> list[float]:
 def test_a_checkpoint_resumes_under_another_sharding(
     ranks: RankPool, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]
 ) -> None:
-    expected = ranks.run(saved[1], save, saved[0], str(tmp_path))[0]
-    found = ranks.run(loaded[1], resume, loaded[0], str(tmp_path))[0]
+    check_resumed(ranks, str(tmp_path), saved, loaded, {})
+
+
+def check_resumed(
+    ranks: RankPool,
+    folder: str,
+    saved: tuple[str, int],
+    loaded: tuple[str, int],
+    settings: dict[str, object],
+) -> None:
+    expected = ranks.run(saved[1], save, saved[0], folder, settings)[0]
+    found = ranks.run(loaded[1], resume, loaded[0], folder, settings)[0]
     rtol = 0.0 if saved == loaded else 2e-4
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=rtol)
     assert expected[-1] < expected[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved", "loaded"),
+    [
+        ({"rule": "normuon", "aux_rule": "lion"}, ("fsdp", 2), ("fsdp", 3)),
+        ({"rule": "adamuon"}, ("fsdp", 3), ("ddp", 2)),
+        ({"rule": "dion2"}, ("fsdp", 2), ("fsdp", 3)),
+        ({"rule": "dion2", "normuon": True}, ("fsdp+tp", 4), ("alone", 1)),
+        ({"rule": "dion"}, ("fsdp", 2), ("fsdp", 2)),
+        ({"rule": "dion"}, ("alone", 1), ("fsdp", 3)),
+    ],
+    ids=lambda value: "-".join(map(str, value.values() if isinstance(value, dict) else value)),
+)
+def test_every_rules_checkpoint_resumes_under_another_sharding(
+    ranks: RankPool,
+    tmp_path: Path,
+    settings: dict[str, object],
+    saved: tuple[str, int],
+    loaded: tuple[str, int],
+) -> None:
+    check_resumed(ranks, str(tmp_path), saved, loaded, settings)
 
 
 def test_torch_save_resumes_in_one_process(tmp_path: Path) -> None:

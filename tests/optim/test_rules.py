@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim.binding import AUXILIARY
 from flashns_dist.optim.rules import AUXILIARY_RULES
+from flashns_dist.optim.rules.dion import orthonormal
 
 KELLER = (3.4445, -4.775, 2.0315)
 SHAPES = ((20, 33), (40, 11), (32, 32), (6, 7))
@@ -226,11 +227,67 @@ def test_dion2_selects_the_same_at_any_scale(scale: float) -> None:
     assert chosen[0] == chosen[1]
 
 
-@pytest.mark.parametrize("rule", ["muon", "normuon", "adamuon", "dion2"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_dion_follows_its_formula(fraction: float) -> None:
+    params = parameters()
+    start = FlashMuon(parameters(), update_rule="dion", rank_fraction=fraction)
+    factors = iter([state["right_factor"].clone() for state in start.state.values()])
+    optimizer = run(params, update_rule="dion", rank_fraction=fraction)
+
+    def update(g: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        if step == 0:
+            state["m"], state["q"] = torch.zeros_like(g), next(factors).view(g.shape[1], -1)
+        m = state["m"].add_(g)
+        p = torch.linalg.qr(m @ state["q"]).Q
+        r = m.T @ p
+        m.sub_((1 - MU) * p @ r.T)
+        state["q"] = unit(r, 0)
+        return p @ state["q"].T
+
+    check(params, reference(update), tolerance=1e-6)
+    for param in params:
+        rank = max(1, round(fraction * min(param.shape)))
+        assert optimizer.state[param]["right_factor"].numel() == param.shape[1] * rank
+
+
+def test_dion_takes_gradients_of_low_rank() -> None:
+    """Directions without a gradient move no weight, and can come back."""
+    param = nn.Parameter(torch.zeros(12, 20))
+    optimizer = FlashMuon([param], update_rule="dion", rank_fraction=0.5, lr=1.0, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    column, row = torch.randn(12, 1, generator=generator), torch.randn(1, 20, generator=generator)
+    for _ in range(3):
+        param.grad = column * row
+        before = param.detach().clone()
+        optimizer.step()
+        singular = torch.linalg.svdvals((before - param.detach()).double())
+        assert abs(float(singular[0]) - 1) < 1e-3
+        assert singular[1] < 1e-3
+    for _ in range(8):
+        param.grad = torch.randn(12, 20, generator=generator)
+        before = param.detach().clone()
+        optimizer.step()
+    assert torch.linalg.matrix_rank((before - param.detach()).double(), rtol=0.05) == 6
+
+
+@pytest.mark.parametrize("columns", [1, 7, 40])
+def test_columns_are_made_orthonormal(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, columns, generator=generator) * torch.logspace(0, -12, columns)
+    q = orthonormal(x)
+    assert (q.T @ q - torch.eye(columns)).norm() < 1e-10
+    triangular = q.T @ x.double()
+    assert (triangular.tril(-1).abs() <= 1e-9 * x.double().norm(dim=0)).all()
+    repeated = orthonormal(torch.cat([x, x[:, :1]], dim=1))
+    assert (repeated[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamuon", "dion2", "dion"])
 def test_a_zero_gradient_changes_nothing(rule: str) -> None:
+    scaled = {"equilibrate": True, "renormalize": "columns_rows"}
     param = nn.Parameter(torch.ones(4, 6))
     optimizer = FlashMuon(
-        [param], update_rule=rule, weight_decay=0.0, equilibrate=True, renormalize="columns_rows"
+        [param], update_rule=rule, weight_decay=0.0, **({} if rule == "dion" else scaled)
     )
     param.grad = torch.zeros(4, 6)
     optimizer.step()
@@ -295,6 +352,7 @@ def test_groups_with_different_rules_are_one_optimizer() -> None:
         ({"update_rule": "dion2", "fraction": 0.0}, "fraction=0.0"),
         ({"update_rule": "dion2", "select": "diagonals"}, "select='diagonals'"),
         ({"update_rule": "dion2", "select": "columns", "normuon": True}, 'select="columns"'),
+        ({"update_rule": "dion", "rank_fraction": 1.5}, "rank_fraction=1.5"),
         ({"betta2": 0.9}, "betta2 is neither an argument of FlashMuon"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.exchange import Selection, borders, matrix_box, reduce_largest_, reduce_sum_
-from flashns_dist.layout import Box, Piece, block_holders
+from flashns_dist.layout import Block, Box, Piece, block_holders
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_, update_weights
@@ -64,13 +64,10 @@ class Dion2(Muon):
             )
 
     def check_layout(self, bound: BoundParameter) -> None:
-        for block in bound.blocks:
-            matrix = Matrix(bound.name, 0, bound.layout, block)
-            for part, box, _ in block_holders(bound.layout, block):
-                matrix_box(matrix, part, box)
+        check_rectangles(bound)
 
-    def row_states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("row_moment",) if group["normuon"] else ()
+    def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:
+        return {"row_moment": block.rows} if group["normuon"] else {}
 
     def kind(self, group: Mapping[str, Any]) -> str:
         return f"{super().kind(group)}:{group['eps']}"
@@ -114,7 +111,7 @@ class Dion2(Muon):
         updates = orthogonalized_(batch, group)
         if group["normuon"]:
             for index, update in zip(indices, updates, strict=True):
-                moments = run.row_state(index, "row_moment")
+                moments = run.block_state(index, "row_moment")
                 where = run.choices[index].indices
                 selected = moments[where]
                 scale_rows_(update, selected, group)
@@ -170,7 +167,7 @@ class _Work:
         self.held: list[tuple[int, Piece]] = []
         self.numbers: list[int] = []
         for number, index in enumerate(self.matrices):
-            for piece in run.plan.pieces(index, self.bound.group_rank):
+            for piece in run.pieces_of(index):
                 self.held.append((index, piece))
                 self.numbers.append(number)
         self.momenta = [
@@ -246,6 +243,14 @@ class _Work:
         return [chosen[number] for number in range(len(self.matrices))]
 
 
+def check_rectangles(bound: BoundParameter) -> None:
+    """Raise NotImplementedError where a rank's piece is no rectangle of its matrix."""
+    for block in bound.blocks:
+        matrix = Matrix(bound.name, 0, bound.layout, block)
+        for part, box, _ in block_holders(bound.layout, block):
+            matrix_box(matrix, part, box)
+
+
 def _selected_dim(shape: tuple[int, int], group: Mapping[str, Any]) -> int:
     """0 to select rows, 1 to select columns: from the global shape alone."""
     if group["select"] == "shorter":
@@ -257,4 +262,4 @@ def _box(run: Run, index: int, piece: Piece) -> Box:
     return matrix_box(run.matrix(index), piece.part, piece.box)
 
 
-__all__ = ["Choice", "Dion2"]
+__all__ = ["Choice", "Dion2", "check_rectangles"]

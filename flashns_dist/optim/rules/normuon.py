@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.exchange import reduce_largest_
+from flashns_dist.layout import Block
 from flashns_dist.optim.pieces import Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_
 from flashns_dist.optim.rules.rule import check_fraction, check_positive
@@ -19,7 +20,7 @@ class NorMuon(Muon):
     """NorMuon (arXiv 2510.05491), with norms of whole matrices whatever their sharding.
 
     ``v <- beta2 v + (1 - beta2) mean_cols(O^2)``, ``O' = O / (sqrt(v) + eps)``, scaled to the
-    Frobenius norm of ``O``. The second moments ``row_moment`` are a state by row.
+    Frobenius norm of ``O``. The second moments ``row_moment`` are a state by block.
     """
 
     name = "normuon"
@@ -30,8 +31,8 @@ class NorMuon(Muon):
         check_fraction("beta2", group["beta2"])
         check_positive("eps", group["eps"])
 
-    def row_states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("row_moment",)
+    def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:
+        return {"row_moment": block.rows}
 
     def kind(self, group: Mapping[str, Any]) -> str:
         return f"{super().kind(group)}:{group['eps']}"
@@ -41,7 +42,7 @@ class NorMuon(Muon):
     ) -> Tensor:
         updates = orthogonalized_(batch, group)
         for index, update in zip(indices, updates, strict=True):
-            scale_rows_(update, run.row_state(index, "row_moment"), group)
+            scale_rows_(update, run.block_state(index, "row_moment"), group)
         renormalize_(updates, group["renormalize"])
         return updates
 
@@ -72,7 +73,7 @@ def share_row_moments(run: Run, indices: Sequence[int]) -> None:
     bound = run.bound[run.matrix(indices[0]).tensor]
     if bound.layout.group_size == 1:
         return
-    moments = [run.row_state(index, "row_moment") for index in indices]
+    moments = [run.block_state(index, "row_moment") for index in indices]
     owned = [bound.group_rank in run.plan.owners[index] for index in indices]
     values = torch.cat(
         [m if is_owned else torch.zeros_like(m) for m, is_owned in zip(moments, owned, strict=True)]

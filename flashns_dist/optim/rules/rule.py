@@ -25,6 +25,7 @@ class MatrixRule:
         name: The ``"update_rule"`` of a parameter group.
         settings: A group's settings that only some rules have, with their defaults.
         local_states: Names of the states that are sharded as the parameter is.
+        travels: Whether matrices go to owners; if not, ``begin`` does everything.
         selects: Whether only some rows or columns of a matrix travel (``work_shape``); ``begin``
             then puts into ``run.choices`` which.
     """
@@ -32,6 +33,7 @@ class MatrixRule:
     name: ClassVar[str]
     settings: ClassVar[Mapping[str, Any]] = {}
     local_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    travels: ClassVar[bool] = True
     selects: ClassVar[bool] = False
 
     def check(self, group: Mapping[str, Any]) -> None:
@@ -49,20 +51,24 @@ class MatrixRule:
         """
         dtype = torch.promote_types(param.dtype, torch.float32)
         device = getattr(param, "_local_tensor", param).device
-        num_rows = sum(block.rows for block in blocks)
         state = {"step": torch.zeros((), dtype=torch.float32)}
         for name in self.local_states:
             state[name] = torch.zeros_like(param, dtype=dtype)
-        for name in self.row_states(group):
-            state[name] = torch.zeros(num_rows, dtype=dtype, device=device)
+        sizes: dict[str, int] = {}
+        for block in blocks:
+            for name, size in self.block_states(group, block).items():
+                sizes[name] = sizes.get(name, 0) + size
+        for name, size in sizes.items():
+            state[name] = torch.zeros(size, dtype=dtype, device=device)
         return state
 
-    def row_states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the states with one number per row of each matrix, in the order of its blocks.
+    def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:
+        """States that are small: names, and how many numbers a block has in them.
 
-        They are plain tensors, the same on every rank of the process group.
+        They are one-dimensional plain tensors, block after block, and the same on every rank of the
+        process group.
         """
-        return ()
+        return {}
 
     def check_layout(self, bound: BoundParameter) -> None:
         """Raise NotImplementedError, on every rank, for a layout that the rule cannot take."""

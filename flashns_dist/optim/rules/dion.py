@@ -1,0 +1,197 @@
+"""The Dion update rule: a low-rank power iteration on the momentum, where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flashns_dist.exchange import matrix_box, reduce_sum_
+from flashns_dist.layout import Block, Box, Piece
+from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.pieces import Pieces, Run
+from flashns_dist.optim.rounding import element_noise
+from flashns_dist.optim.rules.dion2 import check_rectangles
+from flashns_dist.optim.rules.muon import update_weights
+from flashns_dist.optim.rules.rule import MatrixRule, check_fraction
+
+_BATCH_ELEMENTS = 2**24  # of the factors that are reduced at once
+
+
+class Dion(MatrixRule):
+    """Dion (arXiv 2504.05295), algorithm 1, on matrices cut in any way.
+
+    ``m <- m + g``, ``P = orth(m Q)``, ``R = m^T P``, ``m <- m - (1 - momentum) P R^T`` (error
+    feedback), ``Q <-`` the columns of ``R`` at norm one, ``w <- w - lr scale P Q^T``. A column of
+    ``R`` below the rounding of the largest one moves no weight and keeps its column of ``Q``.
+
+    Nothing is gathered: every rank multiplies its pieces, the ``(rows, r)`` and ``(cols, r)``
+    products are summed over the process group, and each rank orthonormalizes ``P`` (Cholesky QR,
+    twice, in float64) and updates its pieces. The sums' order depends on the sharding: results do
+    not, up to rounding. ``right_factor`` (``Q``) is the same on every rank.
+
+    Settings: ``rank_fraction``, of the shorter side, and ``independent_decay`` as Muon's.
+    """
+
+    name = "dion"
+    travels = False
+    settings: ClassVar[Mapping[str, Any]] = {"rank_fraction": 0.25, "independent_decay": False}
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        check_fraction("rank_fraction", group["rank_fraction"], one=True)
+
+    def check_layout(self, bound: BoundParameter) -> None:
+        check_rectangles(bound)
+
+    def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:
+        return {"right_factor": block.cols * rank_of(block.shape, group)}
+
+    def init_state(
+        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
+    ) -> dict[str, Tensor]:
+        """The momentum is zero, and the right factor noise: the same in every storage."""
+        state = super().init_state(param, group, blocks)
+        sizes = [self.block_states(group, block)["right_factor"] for block in blocks]
+        for factor in state["right_factor"].split(sizes) if sizes else ():
+            shape = (factor.shape[0],)
+            noise = element_noise(1, Box((0,), shape), shape, factor.device)
+            factor.copy_(noise / 2.0**15 - 1)
+        return state
+
+    def begin(self, run: Run, group_index: int) -> None:
+        """All of the step.
+
+        Collectives: two ``all_reduce`` on the process group per 2^24 elements of the products.
+        """
+        for matrices in _batches(run, group_index):
+            _Factors(run, group_index, matrices).step()
+
+
+def rank_of(shape: tuple[int, int], group: Mapping[str, Any]) -> int:
+    """Columns of the factors."""
+    return max(1, round(float(group["rank_fraction"]) * min(shape)))
+
+
+def _batches(run: Run, group_index: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    elements = 0
+    for index in run.matrices_of(group_index):
+        shape = run.matrix(index).block.shape
+        size = max(shape) * rank_of(shape, run.groups[group_index])
+        if batch and elements + size > _BATCH_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(index)
+        elements += size
+    yield batch
+
+
+class _Factors:
+    """The low-rank factors of some matrices in one step."""
+
+    def __init__(self, run: Run, group_index: int, matrices: list[int]) -> None:
+        self.run = run
+        self.group = run.groups[group_index]
+        self.matrices = matrices
+        self.bound = run.bound[run.matrix(matrices[0]).tensor]
+        self.held: list[tuple[int, Piece]] = [
+            (i, piece) for i in matrices for piece in run.pieces_of(i)
+        ]
+        self.boxes = [matrix_box(run.matrix(i), p.part, p.box) for i, p in self.held]
+        self.momenta = [
+            p.view(run.local_state(run.matrix(i).tensor, "momentum_buffer")) for i, p in self.held
+        ]
+
+    def step(self) -> None:
+        mu, right = float(self.group["momentum"]), {}
+        for index in self.matrices:
+            cols, state = self.run.matrix(index).block.cols, self._right(index)
+            right[index] = state.view(cols, -1)
+        for (index, piece), momentum in zip(self.held, self.momenta, strict=True):
+            gradient = self.run.gradients[self.run.matrix(index).tensor]
+            if gradient is not None:
+                momentum.add_(piece.view(gradient))
+        left = self._products(right, dim=0)
+        for factor in left.values():
+            factor.copy_(orthonormal(factor))
+        products = self._products(left, dim=1)
+        for index, product in products.items():
+            right[index].copy_(_new_right(product, right[index]))
+        updates = []
+        for (index, piece), box, momentum in zip(self.held, self.boxes, self.momenta, strict=True):
+            rows, transposed = _rows(left[index], box, 0), _rows(products[index], box, 1).T
+            momentum.view(box.size).addmm_(rows, transposed, alpha=mu - 1)
+            kept = _is_kept(products[index])
+            update = rows @ (_rows(right[index], box, 1) * kept).T
+            updates.append(update.view(piece.box.size))
+        pieces = Pieces(self.run, self.group, tuple(self.matrices), tuple(self.held))
+        update_weights(pieces, updates)
+
+    def _right(self, index: int) -> Tensor:
+        return self.run.block_state(index, "right_factor")
+
+    def _products(self, factors: Mapping[int, Tensor], dim: int) -> dict[int, Tensor]:
+        """The whole momentum (``dim=1``: transposed) times a factor: ``(shape[dim], r)`` each."""
+        sizes = [self.run.matrix(i).block.shape[dim] for i in self.matrices]
+        ranks = [factors[i].shape[1] for i in self.matrices]
+        dtype, device = factors[self.matrices[0]].dtype, factors[self.matrices[0]].device
+        numels = [size * rank for size, rank in zip(sizes, ranks, strict=True)]
+        buffer = torch.zeros(sum(numels), dtype=dtype, device=device)
+        parts = zip(self.matrices, buffer.split(numels), ranks, strict=True)
+        found = {index: part.view(-1, rank) for index, part, rank in parts}
+        for (index, piece), box, momentum in zip(self.held, self.boxes, self.momenta, strict=True):
+            holders = self.run.matrix(index).layout.holders[piece.fragment.box]
+            if holders[0] == self.bound.group_rank:  # else another replica adds it
+                inside = momentum.view(box.size)
+                _rows(found[index], box, dim).addmm_(
+                    inside if dim == 0 else inside.T, _rows(factors[index], box, 1 - dim)
+                )
+        reduce_sum_(buffer, self.bound.process_group)
+        return found
+
+
+def _rows(factor: Tensor, box: Box, dim: int) -> Tensor:
+    """The rows of a factor that belong to a box's rows (0) or columns (1)."""
+    return factor.narrow(0, box.start[dim], box.size[dim])
+
+
+def _is_kept(product: Tensor) -> Tensor:
+    """Which columns are above the rounding of the largest one."""
+    norms = torch.linalg.vector_norm(product, dim=0)
+    floor = 10 * torch.finfo(product.dtype).eps
+    return torch.gt(norms, floor * norms.max())
+
+
+def _new_right(product: Tensor, old: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(product, dim=0)
+    unit = product / torch.where(norms > 0, norms, 1.0)
+    return torch.where(_is_kept(product), unit, old)
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal columns that span those of ``x``: Cholesky QR, twice, in float64.
+
+    A column that depends on earlier ones (to 1e-6) becomes zero.
+
+    Args:
+        x: ``(n, r)``, any float dtype; columns of any norm.
+
+    Returns:
+        float64 ``(n, r)``.
+    """
+    full = x.double()
+    norms = torch.linalg.vector_norm(full, dim=0)
+    full = full / torch.where(norms > 0, norms, 1.0)
+    kept = torch.ones_like(norms, dtype=torch.bool)
+    for _ in range(2):
+        gram = full.T @ full
+        gram.diagonal().add_(torch.where(kept, 1e-14 * full.shape[1], 1.0))
+        lower = torch.linalg.cholesky_ex(gram).L
+        kept &= lower.diagonal() > 1e-6
+        full = torch.linalg.solve_triangular(lower, full.T, upper=False).T * kept
+    return full
+
+
+__all__ = ["Dion", "orthonormal", "rank_of"]
