@@ -4,6 +4,7 @@
 
 The method of the CIFAR-10 speedruns on 1797 images of 8 x 8 that need no download: convolutions are
 orthogonalized as ``(out, in * k * k)`` matrices, except for the first; everything else gets AdamW.
+Four passes over the data: longer ones end at 99 percent with every optimizer.
 ``torch.optim.Muon`` is not among the contestants: it takes no convolutions.
 """
 
@@ -36,7 +37,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(width=16, steps=120, batch_size=100, lrs=(2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "cpu": Size(width=16, steps=50, batch_size=100, lrs=(2e-3, 4e-3, 8e-3, 1.6e-2)),
     "test": Size(width=4, steps=4, batch_size=10, lrs=(2e-3, 8e-3)),
 }
 
@@ -96,14 +97,14 @@ class Digits:
             generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
             chosen = torch.randint(count, (self._size.batch_size,), generator=generator) + NUM_TEST
             model.train()
-            return F.cross_entropy(model(images[chosen]), labels[chosen], label_smoothing=0.1)
+            return F.cross_entropy(model(images[chosen]), labels[chosen])
 
         @torch.no_grad()
         def evaluate() -> dict[str, float]:
             model.eval()
             logits = model(images[:NUM_TEST])
             correct = (logits.argmax(1) == labels[:NUM_TEST]).double().mean()
-            loss = F.cross_entropy(logits, labels[:NUM_TEST], label_smoothing=0.1)
+            loss = F.cross_entropy(logits, labels[:NUM_TEST])
             return {"loss": float(loss), "accuracy": float(correct)}
 
         return train(
