@@ -16,7 +16,10 @@ from flashns_dist.optim.rules import RULES
 
 Source: TypeAlias = "Mapping[str, Any] | tuple[Mapping[str, Any], Sequence[str]]"
 
-_SUMS = ("dion2",)  # rules of ours whose momentum is a sum, as dion's is; the others' average
+_SUMS = (
+    "dion",
+    "dion2",
+)  # rules of ours whose momentum is a sum, as dion's is; the others' average
 _COUNTERS = ("step", "step_dev")
 
 

@@ -24,8 +24,9 @@ from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES
 from flashns_dist.optim.rules.muon import resolve_ns_coefficients
 from flashns_dist.optim.settings import (
     check_group,
-    check_known,
     check_parameter,
+    check_states,
+    check_used,
     init_state,
     is_matrix_rule,
     rule_settings,
@@ -115,7 +116,6 @@ class FlashMuon(Optimizer):
             raise ValueError(f'nonfinite={nonfinite!r} is unknown; use "raise" or "skip"')
         self.nonfinite = nonfinite
         self.exchange_options = exchange or ExchangeOptions()
-        check_known(settings)
         self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
@@ -141,6 +141,7 @@ class FlashMuon(Optimizer):
             "matrix_view": None,
         }
         super().__init__(params, defaults)
+        check_used(settings, {update_rule, *(g["update_rule"] for g in self.param_groups)})
 
     # Construction -----------------------------------------------------------------------------
 
@@ -301,6 +302,7 @@ class FlashMuon(Optimizer):
     def _check_setup(self) -> None:
         if self._checked:
             return
+        check_states(self._bound, self.param_groups, self.state)
         for bound in self._bound:
             group = self.param_groups[bound.group_index]
             if is_matrix_rule(group):

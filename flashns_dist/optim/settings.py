@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashns_dist.layout import Block, leading_blocks
-from flashns_dist.optim.binding import group_view, parameter_blocks
+from flashns_dist.optim.binding import BoundParameter, group_view, parameter_blocks
 from flashns_dist.optim.learning_rate import check_adjust_lr
 from flashns_dist.optim.rules import MATRIX_RULES, RULES, MatrixRule
 from flashns_dist.optim.rules.muon import orthogonalize_batch, resolve_ns_coefficients
 
 UPDATE_RULES = tuple(RULES)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_RULE_SETTINGS = {key for rule in RULES.values() for key in rule.settings}
+RULE_SETTINGS = {key for rule in RULES.values() for key in rule.settings}
 
 
 def rule_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,13 +35,19 @@ def check_rule(name: str) -> None:
         raise ValueError(f"update_rule={name!r}: use one of {UPDATE_RULES}")
 
 
-def check_known(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a setting that no update rule has."""
-    for key in given:
-        if key not in _RULE_SETTINGS:
+def check_used(given: Mapping[str, Any], rules: Collection[str]) -> None:
+    """Raise ValueError for a setting that none of these update rules has."""
+    for key, value in given.items():
+        if key not in RULE_SETTINGS:
             raise ValueError(
                 f"{key} is neither an argument of FlashMuon nor a setting of an update rule, which "
-                f"are {sorted(_RULE_SETTINGS)}"
+                f"are {sorted(RULE_SETTINGS)}"
+            )
+        if not any(key in RULES[name].settings for name in rules):
+            owners = [name for name, rule in RULES.items() if key in rule.settings]
+            raise ValueError(
+                f"{key}={value!r} is a setting of the update rules {owners}, which no group has; "
+                "leave it out, or choose one of them with update_rule"
             )
 
 
@@ -49,7 +55,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting out of range or of another rule, naming it."""
     check_rule(group["update_rule"])
     rule = RULES[group["update_rule"]]
-    for key in sorted(_RULE_SETTINGS - set(rule.settings)):
+    for key in sorted(RULE_SETTINGS - set(rule.settings)):
         if key in group:
             owners = [name for name, other in RULES.items() if key in other.settings]
             raise ValueError(
@@ -114,6 +120,41 @@ def init_state(
     return RULES[group["update_rule"]].init_state(param.detach(), group, blocks)
 
 
+def check_states(
+    bound: Sequence[BoundParameter],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
+    """Raise NotImplementedError where a rule's state is not there, or of another size.
+
+    An adapter that keeps many parameters in one buffer may make no states by block.
+    """
+    sizes: dict[tuple[int, str], int] = {}
+    last: dict[tuple[int, str], BoundParameter] = {}
+    for parameter in bound:
+        group = groups[parameter.group_index]
+        rule = RULES[group["update_rule"]]
+        needed = dict.fromkeys(rule.local_states, 0)
+        for block in parameter.blocks if isinstance(rule, MatrixRule) else ():
+            for name, size in rule.block_states(group, block).items():  # type: ignore[union-attr]
+                needed[name] = needed.get(name, 0) + size
+        for name, size in needed.items():
+            key = (id(parameter.storage), name)
+            sizes[key] = sizes.get(key, 0) + size
+            last[key] = parameter
+    for (_, name), parameter in last.items():
+        rule_name = groups[parameter.group_index]["update_rule"]
+        found = state.get(parameter.storage, {}).get(name)
+        size = sizes[id(parameter.storage), name]
+        if found is None or (size and found.numel() != size):
+            has = "none" if found is None else f"one of {found.numel()} elements"
+            raise NotImplementedError(
+                f"{parameter.name}: update_rule={rule_name!r} keeps a state {name!r}"
+                f"{f' of {size} elements' if size else ''} and there is {has}. An adapter that "
+                "cannot make it (init_state with the blocks of the buffer) needs another rule."
+            )
+
+
 def state_names(group: Mapping[str, Any], blocks: tuple[Block, ...]) -> set[str]:
     """Names of a parameter's states."""
     rule = RULES[group["update_rule"]]
@@ -126,11 +167,13 @@ def state_names(group: Mapping[str, Any], blocks: tuple[Block, ...]) -> set[str]
 
 
 __all__ = [
+    "RULE_SETTINGS",
     "UPDATE_RULES",
     "check_group",
-    "check_known",
     "check_parameter",
     "check_rule",
+    "check_states",
+    "check_used",
     "init_state",
     "is_matrix_rule",
     "rule_settings",

@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashns_dist.optim import FlashMuon, parameter_groups
+from flashns_dist.optim.rules import MATRIX_RULES, RULES
+from flashns_dist.optim.settings import RULE_SETTINGS
 
-from .settings import Settings
+from .settings import Settings, check_states
 
 _HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "momentum")
 
@@ -42,11 +44,14 @@ def groups_from_config(
     )
     decisions = sorted_groups.decisions
     views = {d.name: d.view for d in decisions if d.view is not None}
-    rules = {id(d.param): d.update_rule for d in decisions}
+    matrix_rule = settings.arguments.get("update_rule", "muon")
+    rules = {
+        id(d.param): matrix_rule if d.update_rule == "muon" else d.update_rule for d in decisions
+    }
     names = {id(d.param): d.name for d in decisions}
-    by_rule: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
+    by_rule: dict[str, list[dict[str, Any]]] = {rule: [] for rule in RULES}
     for given in _as_groups(model_parameters):
-        chosen: dict[str, list[Tensor]] = {"muon": [], "adamw": [], "frozen": []}
+        chosen: dict[str, list[Tensor]] = {rule: [] for rule in (*RULES, "frozen")}
         for param in given["params"]:
             if param.requires_grad:
                 _check_known(param, rules)
@@ -56,14 +61,14 @@ def groups_from_config(
         for rule, groups in by_rule.items():
             if chosen[rule]:
                 complete = _completed(rule, extra, settings)
-                if rule == "muon" and view:
+                if rule in MATRIX_RULES and view:
                     complete["matrix_view"] = view
                 same = next((g for g in groups if _settings(g) == complete), None)
                 if same is None:
                     groups.append({"params": chosen[rule], **complete})
                 else:  # matrices in one group are exchanged together
                     same["params"] += chosen[rule]
-    return by_rule["muon"] + by_rule["adamw"], names
+    return [group for rule in RULES for group in by_rule[rule]], names
 
 
 def groups_from_optimizer(
@@ -83,10 +88,11 @@ def groups_from_optimizer(
             )
     scheduled = any("initial_lr" in group for group in optimizer.param_groups)
     base = next(
-        (g["lr"] for g in optimizer.param_groups if g["update_rule"] == "muon"),
+        (g["lr"] for g in optimizer.param_groups if g["update_rule"] in MATRIX_RULES),
         optimizer.param_groups[0]["lr"],
     )
     for group in optimizer.param_groups:
+        check_states(group)
         group.pop("param_names", None)
         for param in group["params"]:
             _check_known(param, names)
@@ -100,11 +106,12 @@ def groups_from_optimizer(
 
 def _completed(rule: str, extra: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """All hyper-parameters of one group, checked by FlashMuon itself."""
-    arguments = dict(settings.arguments)
+    foreign = RULE_SETTINGS - set(RULES[rule].settings)
+    arguments = {key: value for key, value in settings.arguments.items() if key not in foreign}
     given = {key: value for key, value in extra.items() if key in _HYPERPARAMETERS}
     others = {key: value for key, value in extra.items() if key not in _HYPERPARAMETERS}
     lr = given.pop("lr", None)
-    template = FlashMuon([{"params": [], "update_rule": rule, **given}], **arguments)
+    template = FlashMuon([{"params": [], **given}], **{**arguments, "update_rule": rule})
     group = dict(template.param_groups[0])
     group.pop("params")
     group.pop("param_names", None)
@@ -117,6 +124,7 @@ def _completed(rule: str, extra: dict[str, Any], settings: Settings) -> dict[str
         )
     group["lr_ratio"] = group["lr"] / base
     group["lr"] = base if lr is None else float(lr)
+    check_states(group)
     return {**others, **group}
 
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from flashns_dist.optim import BoundParameter, ExchangeOptions, FlashMuon
 from flashns_dist.optim.flash_muon import init_state
+from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
 
 from .internals import (
@@ -24,6 +25,9 @@ from .internals import (
     is_initializing,
 )
 from .partitions import Partition
+
+# States of matrices, as DeepSpeed's checkpoints name them.
+_NAMES = {"momentum_buffer": "exp_avg", "second_moment": "exp_avg_sq"}
 
 
 class FlashNS(Optimizer):
@@ -195,24 +199,25 @@ class FlashNS(Optimizer):
     @staticmethod
     def _to_step(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """The state by FlashMuon's names; the tensors are shared."""
-        if group["update_rule"] == "adamw":
+        if group["update_rule"] in AUXILIARY_RULES:
             return state
-        return {"step": state["step"], "momentum_buffer": state["exp_avg"]}
+        known = {ours: theirs for theirs, ours in _NAMES.items()}
+        return {known.get(key, key): value for key, value in state.items()}
 
     @staticmethod
     def _from_step(state: dict[str, Any]) -> dict[str, Any]:
-        renamed = {"momentum_buffer": "exp_avg"}
-        return {renamed.get(key, key): value for key, value in state.items()}
+        return {_NAMES.get(key, key): value for key, value in state.items()}
 
     def _adopt_state(self, storage: Tensor, group: dict[str, Any]) -> None:
         """Take what a checkpoint loader has written into the state directly."""
         state = self.state[storage]
-        if group["update_rule"] == "muon":
+        rule = RULES[group["update_rule"]]
+        if not {"exp_avg_sq", "second_moment"} & set(rule.local_states):
             state.pop("exp_avg_sq", None)
         for key, value in state.items():
             if key == "step":
                 if not isinstance(value, Tensor):
-                    where = "cpu" if group["update_rule"] == "muon" else storage.device
+                    where = storage.device if rule.name in AUXILIARY_RULES else "cpu"
                     state[key] = torch.tensor(float(value), dtype=torch.float32, device=where)
             elif value.dtype != torch.promote_types(storage.dtype, torch.float32):
                 state[key] = value.to(torch.promote_types(storage.dtype, torch.float32))

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashns_dist.layout import Layout, flat_layout, replicated_layout
 from flashns_dist.optim import BoundParameter
 from flashns_dist.optim.binding import parameter_blocks
+from flashns_dist.optim.rules import AUXILIARY_RULES
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -72,7 +73,7 @@ class Partition:
             layout = replicated_layout(self.shape, size)
             whole = _whole(self.shape)
             return [self._bound(self.name, group, group_index, layout, rank, whole)]
-        if group["update_rule"] == "adamw":
+        if group["update_rule"] in AUXILIARY_RULES:
             numel = self.storage.numel()
             layout = flat_layout(
                 (numel * size,), tuple(((r * numel, (r + 1) * numel, 0),) for r in range(size))

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from flashns_dist.layout import MatrixView, named_view
+from flashns_dist.layout import MatrixView, leading_blocks, named_view
 from flashns_dist.optim import ExchangeOptions, FlashMuon
+from flashns_dist.optim.rules import AUXILIARY_RULES, RULES, MatrixRule
+from flashns_dist.optim.settings import RULE_SETTINGS, check_rule
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -38,6 +40,8 @@ _ARGUMENTS = (
     "cautious",
     "rounding",
     "nonfinite",
+    "update_rule",
+    *sorted(RULE_SETTINGS - {"normuon", "rank_fraction"}),  # of rules that are refused
 )
 _EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
 
@@ -51,14 +55,14 @@ _OTHER_NAMES = {
     "ns_method": "method",
     "beta": "momentum",
     "beta1": "betas",
-    "beta2": "betas",
     "adam_betas": "betas",
     "adam_eps": "eps",
     "adam_weight_decay": "aux_weight_decay",
     "max_grad_norm": "gradient_clipping at the top level of the config",
     "patterns": "overrides",
     "torch_adam": "nothing: the auxiliary AdamW is FlashMuon's own",
-    "adam_w_mode": "nothing: the auxiliary parameters always get AdamW",
+    "adam_w_mode": "nothing: the auxiliary parameters get AdamW",
+    "rank": "rank_fraction",
 }
 
 
@@ -93,7 +97,7 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
     if not isinstance(overrides, Mapping):
         raise ValueError(
             f"optimizer.params.overrides={overrides!r} must map parameter name patterns to "
-            '"muon", "adamw" or "frozen"'
+            'update rules, or "frozen"'
         )
     views = _views(given.pop("matrix_views", None) or {})
     if given.get("ns_dtype") is not None:
@@ -104,8 +108,32 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
         if key in given:
             given[key] = _number(key, given[key])
     given["exchange"] = ExchangeOptions(**exchange)
-    FlashMuon([{"params": []}], **given)  # checks the values
+    _check_matrix_rule(given.get("update_rule", "muon"))
+    rules = {given.get("update_rule", "muon"), *overrides.values()} & set(RULES)
+    FlashMuon([{"params": [], "update_rule": rule} for rule in sorted(rules)], **given)
     return Settings(given, dict(overrides), views)
+
+
+def _check_matrix_rule(update_rule: str) -> None:
+    check_rule(update_rule)
+    if update_rule in AUXILIARY_RULES:
+        raise ValueError(
+            f"optimizer.params.update_rule={update_rule!r} is for auxiliary parameters: name the "
+            'matrices\' rule there, and use overrides={"*": "adamw"} for no matrices'
+        )
+
+
+def check_states(group: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError for an update rule whose state DeepSpeed would lose."""
+    block = leading_blocks((1, 1))[0]
+    rule = RULES[group["update_rule"]]
+    states = rule.block_states(group, block) if isinstance(rule, MatrixRule) else ()
+    for name in states:
+        raise NotImplementedError(
+            f"FlashMuon does not support update_rule={rule.name!r} under DeepSpeed: its state "
+            f"{name!r} is not cut as the parameters are, and DeepSpeed's universal checkpoints "
+            'would lose it. Use "muon", "adamuon", or "dion2" without normuon.'
+        )
 
 
 def _views(given: object) -> dict[str, MatrixView | None]:

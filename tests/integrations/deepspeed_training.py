@@ -148,10 +148,11 @@ def reference(
     steps: int = STEPS,
     micro_batches: int = 1,
     views: tuple[tuple[str, MatrixView], ...] = (),
+    rule: tuple[tuple[str, Any], ...] = (),
 ) -> dict[str, Any]:
     """Weights, losses and raw gradient norms of FlashMuon in one process without DeepSpeed."""
     module, data = make(model)
-    arguments = {key: value for key, value in PARAMS.items() if key != "wire_dtype"}
+    arguments = {key: value for key, value in PARAMS.items() if key != "wire_dtype"} | dict(rule)
     exchange = ExchangeOptions(wire_dtype=torch.float32, replica_group=None)
     groups = parameter_groups(module, matrix_views=dict(views))
     optimizer = FlashMuon(groups, **arguments, exchange=exchange)

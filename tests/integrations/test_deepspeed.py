@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -144,6 +145,36 @@ def compare_views(stages: list[int]) -> None:
 
 def test_views_of_the_config_are_matrices_in_every_stage(ranks: RankPool) -> None:
     ranks.run(3, compare_views, [0, 1, 2, 3])
+
+
+RULES: list[dict[str, Any]] = [
+    {"update_rule": "adamuon", "beta2": 0.8},
+    {"update_rule": "dion2", "fraction": 0.5},
+    {"equilibrate": True, "renormalize": "rows", "independent_decay": True, "weight_decay": 1e-3},
+]
+
+
+def compare_rules(stages: list[int]) -> None:
+    with deepspeed_ready() as deepspeed:
+        for stage, rule in product(stages, RULES):
+            settings = config(stage, dist.get_world_size())
+            settings["optimizer"]["params"].update(rule)
+            weights = run_engine(deepspeed, "many", settings)["weights"]
+            expected = reference("many", rule=tuple(rule.items()))["weights"]
+            plain = reference("many")["weights"]
+            for name, weight in expected.items():
+                if weight.ndim > 1:
+                    assert torch.equal(weights[name], weight), f"stage {stage}, {rule}: {name}"
+                    assert not torch.equal(weight, plain[name])
+        for rule in ({"update_rule": "normuon"}, {"update_rule": "dion"}):
+            settings = config(1, dist.get_world_size())
+            settings["optimizer"]["params"].update(rule)
+            with pytest.raises(NotImplementedError, match="universal checkpoints would lose it"):
+                run_engine(deepspeed, "many", settings)
+
+
+def test_update_rules_of_the_config_give_the_weights_of_one_process(ranks: RankPool) -> None:
+    ranks.run(3, compare_rules, [0, 1, 2, 3])
 
 
 def compare_transformer(cases: list[dict[str, Any]]) -> list[tuple[str, float, float]]:

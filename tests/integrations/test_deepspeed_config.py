@@ -64,6 +64,9 @@ def read(params: dict[str, Any]) -> Any:
         ({"overrides": ["head"]}, "overrides=.* must map"),
         ({"matrix_views": ["head"]}, "matrix_views=.* must map"),
         ({"matrix_views": {"a": {"QKV": {"n": 2}}}}, r"matrix_views\.a: QKV .* argument 'n'"),
+        ({"update_rule": "soap"}, "update_rule='soap'"),
+        ({"update_rule": "lion"}, "is for auxiliary parameters"),
+        ({"fraction": 0.5}, "a setting of the update rules .'dion2'., which no group has"),
         ({"adjust_lr_fn": "fast"}, "adjust_lr_fn='fast' is unknown"),
         ({"replicas": "none"}, "replicas='none'"),
     ],
@@ -87,7 +90,7 @@ def test_every_argument_of_flash_muon_has_a_key() -> None:
 
     from flashns_dist.integrations.deepspeed import PARAMS as known
 
-    arguments = set(inspect.signature(FlashMuon).parameters) - {"params", "exchange"}
+    arguments = set(inspect.signature(FlashMuon).parameters) - {"params", "exchange", "settings"}
     assert arguments <= set(known), "document the new argument in settings.py and docs/deepspeed.md"
 
 
