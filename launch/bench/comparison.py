@@ -9,6 +9,7 @@ tuning seed is taken; its runs with other seeds are what is reported.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +202,13 @@ def train(
         device: Where it runs.
 
     Returns:
-        The evaluations, with ``seconds`` of training so far and ``optimizer_seconds`` of them. The
-        first step counts as an average one: it pays for plans, allocation and compilation.
+        The evaluations, with ``seconds`` of training so far and ``optimizer_seconds`` of them, on
+        the CPU those of this process alone: use one thread. The first step counts as an average
+        one: it pays for plans, allocation and compilation.
     """
     rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    whole, part = Stopwatch(device), Stopwatch(device)
+    whole, part = (Stopwatch(device, time.process_time) for _ in range(2))
     seconds = optimizer_seconds = 0.0
     curve: Curve = [{"step": 0, "seconds": 0.0, "optimizer_seconds": 0.0, **evaluate()}]
     for step in range(steps):

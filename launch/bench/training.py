@@ -61,10 +61,10 @@ SIZES = {
     ),
     "cpu": Size(
         ModelConfig(dim=64, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=176),
-        steps=200,
+        steps=150,
         batch_size=16,
         seq_len=64,
-        lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
+        lrs=(4e-3, 8e-3, 1.6e-2, 3.2e-2),
     ),
     # As many weights in its blocks as GPT-2 small, 85 million. A run reads 3.3 million bytes.
     "gpt2-small": Size(
