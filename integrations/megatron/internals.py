@@ -263,11 +263,13 @@ def find_grid(chunks: Sequence[nn.Module], is_expert: bool, groups: Any) -> Grid
         is_expert: Whose.
         groups: A ``ProcessGroupCollection`` or None.
 
-    Collectives: an ``all_gather_object`` on the tensor-parallel group, and the making of a group.
+    Collectives: ``all_gather_object`` on the tensor-parallel group and on the world, and the making
+    of process groups.
     """
     name = "expert_parallel_buffers" if is_expert else "buffers"
     buffers = [buffer for chunk in chunks for buffer in getattr(chunk, name, [])]
     if not buffers:
+        _group_of((), [])
         return None
     data_group = attribute(buffers[0], "data_parallel_group")
     tensor_group = _tensor_group(is_expert, groups)
@@ -280,7 +282,8 @@ def find_grid(chunks: Sequence[nn.Module], is_expert: bool, groups: Any) -> Grid
         for shard, column in enumerate(columns)
         for replica, rank in enumerate(column)
     }
-    process_group = _group_of(tuple(sorted(places)), data_group, tensor_group)
+    process_group = _group_of(tuple(sorted(places)), [data_group, tensor_group])
+    assert process_group is not None
     members = tuple(places[rank] for rank in dist.get_process_group_ranks(process_group))
     return Grid(process_group, tensor_group, members, dist.get_rank(process_group))
 
@@ -297,12 +300,26 @@ def _tensor_group(is_expert: bool, groups: Any) -> dist.ProcessGroup:
 _GROUPS: dict[tuple[Any, ...], dist.ProcessGroup] = {}
 
 
-def _group_of(ranks: tuple[int, ...], *candidates: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A process group of these ranks: an existing one, or a new one that is made at most once."""
-    for group in (dist.group.WORLD, *candidates):
-        if group is not None and tuple(sorted(dist.get_process_group_ranks(group))) == ranks:
-            return group
+def _group_of(
+    ranks: tuple[int, ...], candidates: Sequence[dist.ProcessGroup]
+) -> dist.ProcessGroup | None:
+    """A process group of these ranks: an existing one, or a new one that is made at most once.
+
+    Every rank of the world calls this, with no ranks if it needs no group, because a communicator
+    that is split from the world's is made by all of it.
+    """
+    existing = next(
+        (
+            group
+            for group in (dist.group.WORLD, *candidates)
+            if group is not None and tuple(sorted(dist.get_process_group_ranks(group))) == ranks
+        ),
+        None,
+    )
     key = (dist.group.WORLD, ranks)
-    if key not in _GROUPS:
-        _GROUPS[key] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _GROUPS[key]
+    missing = ranks if ranks and existing is None and key not in _GROUPS else ()
+    wanted: list[tuple[int, ...]] = [missing] * dist.get_world_size()
+    dist.all_gather_object(wanted, missing)
+    for members in sorted(set(wanted) - {()}):
+        _GROUPS[dist.group.WORLD, members] = dist.new_group(list(members))
+    return existing or _GROUPS.get(key)
