@@ -20,7 +20,7 @@ class Transfer:
 
     received: Tensor
     work: dist.Work | None
-    local: tuple[Tensor, ...]
+    local: tuple[Tensor, ...] = ()
     sent: Tensor | None = None
 
     def wait(self) -> None:
@@ -125,32 +125,60 @@ class Exchange:
         """An uninitialized batch to gather matrices into."""
         return torch.empty(batch, rows, cols, dtype=self._dtype, device=self._device)
 
-    def start_gather(self, bucket: int, directions: Sequence[Tensor]) -> Transfer:
+    def targets(self, bucket: int, into: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Where the direction of each held piece has to be, if in one place: to be computed there.
+
+        Args:
+            bucket: Index of the bucket.
+            into: For each owned matrix, a contiguous ``(rows, cols)`` tensor.
+
+        Returns:
+            Tensors in the wire dtype, shaped like the pieces' boxes; None for a piece that several
+            owners or none need.
+        """
+        schedule = self.schedules[bucket]
+        sent = self._buffers[bucket % 2][0]
+        places: list[list[Tensor]] = [[] for _ in schedule.held]
+        for segment in schedule.gather.sends:
+            places[segment.held].append(_segment(sent, segment))
+        for segment in schedule.gather.local:
+            places[segment.held].append(self._inside(into[segment.matrix], segment))
+        return [found[0] if len(found) == 1 else None for found in places]
+
+    def start_gather(
+        self, bucket: int, directions: Sequence[Tensor], into: Mapping[int, Tensor]
+    ) -> Transfer:
         """Send this rank's pieces of a bucket to the owners.
 
         Args:
             bucket: Index of the bucket.
             directions: For each of the schedule's held pieces, a tensor shaped like its box, of any
-                float dtype; cast to the wire dtype while packing.
+                float dtype; cast to the wire dtype while packing. One that is in its target already
+                is left there.
+            into: For each owned matrix, a contiguous ``(rows, cols)`` tensor; pieces that this rank
+                both holds and owns are written now.
         """
         route = self.schedules[bucket].gather
-        sources = [directions[segment.held] for segment in route.sends]
-        local = tuple(directions[segment.held] for segment in route.local)
-        return self._start(bucket, 0, route, sources, local)
+        _copy(
+            [self._inside(into[segment.matrix], segment) for segment in route.local],
+            [directions[segment.held] for segment in route.local],
+        )
+        return self._start(bucket, 0, route, [directions[segment.held] for segment in route.sends])
 
     def finish_gather(self, bucket: int, transfer: Transfer, into: Mapping[int, Tensor]) -> None:
-        """Write the gathered boxes into the owned matrices.
+        """Write the boxes that others have sent into the owned matrices.
 
         Args:
             bucket: Index of the bucket.
             transfer: What ``start_gather`` returned.
-            into: For each owned matrix, a contiguous ``(rows, cols)`` tensor.
+            into: As there.
         """
         transfer.wait()
         route = self.schedules[bucket].gather
-        targets = [self._inside(into[s.matrix], s) for s in (*route.receives, *route.local)]
-        values = [_segment(transfer.received, s) for s in route.receives] + list(transfer.local)
-        _copy(targets, values)
+        _copy(
+            [self._inside(into[segment.matrix], segment) for segment in route.receives],
+            [_segment(transfer.received, segment) for segment in route.receives],
+        )
 
     def start_scatter(self, bucket: int, results: Mapping[int, Tensor]) -> Transfer:
         """Send the owned matrices' results to the ranks that store them.
@@ -161,8 +189,9 @@ class Exchange:
         """
         route = self.schedules[bucket].scatter
         sources = [self._inside(results[s.matrix], s) for s in route.sends]
-        local = tuple(self._inside(results[s.matrix], s) for s in route.local)
-        return self._start(bucket, 2, route, sources, local)
+        transfer = self._start(bucket, 2, route, sources)
+        transfer.local = tuple(self._inside(results[s.matrix], s) for s in route.local)
+        return transfer
 
     def finish_scatter(self, bucket: int, transfer: Transfer) -> list[Tensor]:
         """The result for each of the schedule's held pieces, in the wire dtype.
@@ -181,12 +210,7 @@ class Exchange:
         return complete
 
     def _start(
-        self,
-        bucket: int,
-        first_buffer: int,
-        route: Route,
-        sources: Sequence[Tensor],
-        local: tuple[Tensor, ...],
+        self, bucket: int, first_buffer: int, route: Route, sources: Sequence[Tensor]
     ) -> Transfer:
         pair = self._buffers[bucket % 2]
         sent = pair[first_buffer][: sum(route.send_splits)]
@@ -202,7 +226,7 @@ class Exchange:
                 group=self._group,
                 async_op=True,
             )
-        return Transfer(received, work, local, sent)
+        return Transfer(received, work, sent=sent)
 
     def _inside(self, matrix: Tensor, segment: Segment) -> Tensor:
         return self._blocks[segment.matrix].view(matrix, segment.part, segment.box)
@@ -214,7 +238,11 @@ def _segment(buffer: Tensor, segment: Segment) -> Tensor:
 
 
 def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    pairs = [(t, v) for t, v in zip(targets, values, strict=True) if t.numel()]
+    pairs = [
+        (target, value)
+        for target, value in zip(targets, values, strict=True)
+        if target.numel() and target.data_ptr() != value.data_ptr()
+    ]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
 

@@ -160,13 +160,20 @@ class MatrixStep:
     def _run_buckets(self, run: Run) -> None:
         """Bucket k + 1 is gathered and bucket k - 1 scattered while k is on its owners."""
         exchange, num_buckets = self.exchange, len(self._plan.buckets)
+        batches: dict[int, _Batches] = {}
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
         for bucket in range(num_buckets + 1):
             if bucket < num_buckets:
-                gathers[bucket] = exchange.start_gather(bucket, self._before(bucket, run))
+                batches[bucket] = _Batches(exchange, bucket)
+                into = batches[bucket].matrices
+                directions = self._before(bucket, run, into)
+                gathers[bucket] = exchange.start_gather(bucket, directions, into)
             if bucket > 0:
-                results = self._on_owner(bucket - 1, run, gathers.pop(bucket - 1))
+                owned = batches.pop(bucket - 1)
+                exchange.finish_gather(bucket - 1, gathers.pop(bucket - 1), owned.matrices)
+                results = self._on_owner(run, owned)
+                del owned
                 scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
             if bucket > 1:
                 self._after(bucket - 2, run, scatters.pop(bucket - 2))
@@ -195,7 +202,7 @@ class MatrixStep:
             for group_index, indices in sorted(matrices.items())
         ]
 
-    def _before(self, bucket: int, run: Run) -> list[Tensor]:
+    def _before(self, bucket: int, run: Run, into: Mapping[int, Tensor]) -> list[Tensor]:
         held = self.exchange.schedules[bucket].held
         directions: list[Tensor] = [torch.empty(0)] * len(held)
         for pieces, positions in self._pieces(bucket, run):
@@ -204,23 +211,9 @@ class MatrixStep:
                 directions[position] = direction
         return directions
 
-    def _on_owner(self, bucket: int, run: Run, gather: Transfer) -> dict[int, Tensor]:
-        """Gather the owned matrices into batches of equal shape and kind, and compute updates."""
-        schedule = self.exchange.schedules[bucket]
-        batches: dict[tuple[tuple[int, int], str], list[int]] = {}
-        for index in schedule.owned:
-            matrix = self._plan.matrices[index]
-            batches.setdefault((matrix.work_shape, matrix.kind), []).append(index)
-        inputs: dict[int, Tensor] = {}
-        stacks = []
-        for (shape, _), indices in batches.items():
-            stack = self.exchange.new_batch(len(indices), *shape)
-            stacks.append((stack, indices))
-            for slot, index in enumerate(indices):
-                inputs[index] = stack[slot]
-        self.exchange.finish_gather(bucket, gather, inputs)
+    def _on_owner(self, run: Run, owned: _Batches) -> dict[int, Tensor]:
         results: dict[int, Tensor] = {}
-        for stack, indices in stacks:
+        for stack, indices in owned.stacks:
             group = run.groups[run.group_of(indices[0])]
             outputs = _rule(group).on_owner(run, indices, stack, group)
             for slot, index in enumerate(indices):
@@ -231,6 +224,30 @@ class MatrixStep:
         updates = self.exchange.finish_scatter(bucket, scatter)
         for pieces, positions in self._pieces(bucket, run):
             _rule(pieces.group).after(pieces, [updates[p] for p in positions])
+
+
+class _Batches:
+    """A bucket's matrices on their owner, stacked by equal shape and kind, to be gathered into.
+
+    Attributes:
+        stacks: Batches ``(len(indices), rows, cols)`` and the indices of their matrices.
+        matrices: Views of them, by index.
+    """
+
+    def __init__(self, exchange: Exchange, bucket: int) -> None:
+        alike: dict[tuple[tuple[int, int], str], list[int]] = {}
+        for index in exchange.schedules[bucket].owned:
+            matrix = exchange.plan.matrices[index]
+            alike.setdefault((matrix.work_shape, matrix.kind), []).append(index)
+        self.stacks = [
+            (exchange.new_batch(len(indices), *shape), indices)
+            for (shape, _), indices in alike.items()
+        ]
+        self.matrices = {
+            index: stack[slot]
+            for stack, indices in self.stacks
+            for slot, index in enumerate(indices)
+        }
 
 
 def _block_starts(

@@ -257,13 +257,21 @@ def round_trip(seeds: list[int]) -> int:
         reserved = exchange.buffer_bytes
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
+        inputs: dict[int, dict[int, Tensor]] = {}
         for bucket in range(len(plan.buckets) + 2):
             if bucket < len(plan.buckets):
                 held = exchange.schedules[bucket].held
                 directions = [piece.view(local[plan.matrices[i].tensor]) for i, piece in held]
-                gathers[bucket] = exchange.start_gather(bucket, directions)
+                into = inputs[bucket] = empty_inputs(plan, exchange, bucket)
+                targets = exchange.targets(bucket, into)
+                for position in range(seed % 2, len(held), 2):  # some are where they have to be
+                    if (target := targets[position]) is not None:
+                        directions[position] = target.copy_(directions[position])
+                gathers[bucket] = exchange.start_gather(bucket, directions, into)
             if 0 <= bucket - 1 < len(plan.buckets):
-                results = answer(plan, exchange, bucket - 1, gathers.pop(bucket - 1), full, dtype)
+                into = inputs.pop(bucket - 1)
+                exchange.finish_gather(bucket - 1, gathers.pop(bucket - 1), into)
+                results = answer(plan, into, full, dtype)
                 scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
             if 0 <= bucket - 2 < len(plan.buckets):
                 check_updates(plan, exchange, bucket - 2, scatters.pop(bucket - 2), full, dtype)
@@ -273,20 +281,16 @@ def round_trip(seeds: list[int]) -> int:
     return transferred
 
 
+def empty_inputs(plan: Plan, exchange: Exchange, bucket: int) -> dict[int, Tensor]:
+    return {
+        index: exchange.new_batch(1, *plan.matrices[index].block.shape).fill_(float("nan"))[0]
+        for index in exchange.schedules[bucket].owned
+    }
+
+
 def answer(
-    plan: Plan,
-    exchange: Exchange,
-    bucket: int,
-    transfer: Transfer,
-    full: dict[int, Tensor],
-    dtype: torch.dtype,
+    plan: Plan, into: dict[int, Tensor], full: dict[int, Tensor], dtype: torch.dtype
 ) -> dict[int, Tensor]:
-    into = {}
-    for index in exchange.schedules[bucket].owned:
-        (into[index],) = exchange.new_batch(1, *plan.matrices[index].block.shape).fill_(
-            float("nan")
-        )
-    exchange.finish_gather(bucket, transfer, into)
     results = {}
     for index, found in into.items():
         matrix = plan.matrices[index]
@@ -347,7 +351,7 @@ def reused_buffers() -> tuple[int, list[int]]:
     for bucket in range(len(plan.buckets)):
         held = exchange.schedules[bucket].held
         sources = [torch.ones(piece.box.size, device=rank_device()) for _, piece in held]
-        transfer = exchange.start_gather(bucket, sources)
+        transfer = exchange.start_gather(bucket, sources, empty_inputs(plan, exchange, bucket))
         transfer.wait()
         addresses.append(transfer.received.data_ptr())
     return exchange.buffer_bytes, addresses
@@ -369,8 +373,8 @@ def one_process() -> None:
     assert exchange.buffer_bytes == 0
     for bucket, indices in enumerate(plan.buckets):
         values = [torch.full((8, 6), float(index)) for index in indices]
-        transfer = exchange.start_gather(bucket, values)
         into = {index: torch.empty(8, 6) for index in indices}
+        transfer = exchange.start_gather(bucket, values, into)
         exchange.finish_gather(bucket, transfer, into)
         assert all(into[index].eq(index).all() for index in indices)
         back = exchange.finish_scatter(bucket, exchange.start_scatter(bucket, into))
@@ -389,9 +393,9 @@ def silent() -> int:
     plan = make_plan([Matrix("w", 0, layout, block)], size, replicas="repeat")
     exchange = Exchange(plan, dist.group.WORLD, rank, rank_device())
     value = torch.randn(8, 6, device=rank_device())
-    transfer = exchange.start_gather(0, [value])
-    assert transfer.work is None
     into = {0: exchange.new_batch(1, 8, 6)[0]}
+    transfer = exchange.start_gather(0, [value], into)
+    assert transfer.work is None
     exchange.finish_gather(0, transfer, into)
     assert torch.equal(into[0], value.bfloat16())
     scatter = exchange.start_scatter(0, into)
