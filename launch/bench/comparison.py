@@ -153,6 +153,7 @@ def compare(task: Task, plan: Plan, path: Path) -> list[dict[str, Any]]:
         if (name, lr, seed) in done:
             return
         curve = task.run(lambda model: known[name](model, lr, task.overrides), seed)
+        curve = [{key: round(value, 5) for key, value in point.items()} for point in curve]
         run = {"task": task.name, "name": name, "lr": lr, "seed": seed, "curve": curve}
         runs.append(run)
         with path.open("a") as file:

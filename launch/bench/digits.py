@@ -11,7 +11,7 @@ Four passes over the data: longer ones end at 99 percent with every optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = read_arguments(arguments, tuple(SIZES))
     size = SIZES[options.size]
     names = [name for name in contestants() if name != "torch-muon"]
-    task = Digits(options.size, size)
+    size = replace(size, steps=options.steps or size.steps)
+    task = Digits(f"{options.size}-{size.steps}", size)
     runs = compare(task, plan_of(options, names, size.lrs), options.out.with_suffix(".jsonl"))
     title = f"digits: {size.steps} steps of {size.batch_size} images, {DEVICE.type}"
     print(conclude(runs, title, options.out, "accuracy"))

@@ -141,6 +141,7 @@ def read_arguments(arguments: Sequence[str] | None, sizes: Sequence[str]) -> arg
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--only", help="contestants, separated by commas (default: all)")
     parser.add_argument("--lrs", help="another grid, separated by commas")
+    parser.add_argument("--steps", type=int, help="another length of a run; kept apart in the file")
     parser.add_argument("--seeds", type=int, default=3, help="runs that are reported")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix")
     return parser.parse_args(arguments)
@@ -157,9 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare on text."""
     options = read_arguments(arguments, tuple(SIZES))
     size = SIZES[options.size]
+    size = replace(size, steps=options.steps or size.steps)
     dataset = load_dataset([])
     path = options.out.with_suffix(".jsonl")
-    task = Text(options.size, size, dataset)
+    task = Text(f"{options.size}-{size.steps}", size, dataset)
     runs = compare(task, plan_of(options, tuple(contestants()), size.lrs), path)
     title = (
         f"{options.size}: {size.steps} steps of {size.batch_size} x {size.seq_len} bytes, "
