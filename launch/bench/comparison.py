@@ -144,7 +144,7 @@ def compare(task: Task, plan: Plan, path: Path) -> list[dict[str, Any]]:
     unknown = [name for name in plan.names if name not in known]
     if unknown:
         raise ValueError(f"--only {unknown}: choose from {', '.join(known)}")
-    runs = read_runs(path, task.name)
+    runs = read_runs(path, task)
     done = {(run["name"], run["lr"], run["seed"]) for run in runs}
     where = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,12 +173,13 @@ def compare(task: Task, plan: Plan, path: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def read_runs(path: Path, task: str) -> list[dict[str, Any]]:
-    """The runs of a task in a file; none if there is no file."""
+def read_runs(path: Path, task: Task) -> list[dict[str, Any]]:
+    """The runs of a task in a file, with the same facts; none if there is no file."""
     if not path.is_file():
         return []
+    expected = json.loads(json.dumps({"task": task.name, **task.facts}))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if line["task"] == task]
+    return [line for line in lines if expected.items() <= line.items()]
 
 
 def train(

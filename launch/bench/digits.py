@@ -11,7 +11,7 @@ Four passes over the data: longer ones end at 99 percent with every optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(width=16, steps=50, batch_size=100, lrs=(2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "cpu": Size(width=16, steps=50, batch_size=100, lrs=(4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "test": Size(width=4, steps=4, batch_size=10, lrs=(2e-3, 8e-3)),
 }
 
@@ -77,7 +77,7 @@ class Digits:
         from sklearn.datasets import load_digits
 
         self.name = f"digits-{name}"
-        self.facts: dict[str, Any] = {"size": vars(size), "data": "sklearn.datasets.load_digits"}
+        self.facts: dict[str, Any] = {"size": asdict(size), "data": "sklearn.datasets.load_digits"}
         self._size = size
         bunch = load_digits()
         images = torch.tensor(bunch.images, dtype=torch.float32)[:, None]
