@@ -29,6 +29,7 @@ class Run:
         gradients: This rank's part of each bound parameter's gradient; None counts as zero.
         resident: Matrices that do not travel; numbered after the plan's.
         starts: For each matrix and state by block, where it begins there and how long it is.
+        kept: What rules have found out about the plan, from step to step.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Run:
         gradients: Sequence[Tensor | None],
         resident: Sequence[Matrix],
         starts: Mapping[tuple[int, str], tuple[int, int]],
+        kept: dict[Any, Any],
     ) -> None:
         self.bound = bound
         self.plan = plan
@@ -50,6 +52,7 @@ class Run:
         self.choices: dict[int, Any] = {}  # rows or columns of matrices, where a rule selects some
         self._state = state
         self._starts = starts
+        self.kept = kept
         self._matrices = (*plan.matrices, *resident)
         self._local: dict[tuple[int, str], Tensor] = {}
 

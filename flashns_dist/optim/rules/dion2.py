@@ -84,12 +84,19 @@ class Dion2(Muon):
         Collectives: two ``all_reduce`` on the process group, of a number per matrix and one per
         row. Waits for the device once.
         """
-        work = _Work(run, group_index)
-        for (index, piece), momentum in zip(work.held, work.momenta, strict=True):
-            gradient = run.gradients[run.matrix(index).tensor]
+        geometry = run.kept.get((self.name, group_index))
+        if geometry is None:
+            geometry = run.kept[self.name, group_index] = _Geometry(run, group_index)
+        momenta = []
+        for index, piece in geometry.held:
+            tensor = run.matrix(index).tensor
+            momentum = piece.view(run.local_state(tensor, "momentum_buffer"))
+            gradient = run.gradients[tensor]
             if gradient is not None:
                 momentum.add_(piece.view(gradient))
-        run.choices.update(work.select())
+            momenta.append(momentum)
+        sums = _sums(geometry, momenta)
+        run.choices.update(_choices(geometry, _largest(geometry, sums)))
 
     def before(self, pieces: Pieces) -> list[Tensor]:
         mu = float(pieces.group["momentum"])
@@ -152,95 +159,100 @@ class Choice:
         return self.indices[below[start] : below[stop]] - start
 
 
-class _Work:
-    """The matrices of one parameter group in one step, numbered from 0 here."""
+class _Geometry:
+    """Where the matrices of one parameter group lie; numbered from 0 here. Made once per plan."""
 
     def __init__(self, run: Run, group_index: int) -> None:
-        self.run = run
         group = run.groups[group_index]
         self.matrices = run.matrices_of(group_index)
-        self.bound = run.bound[run.matrix(self.matrices[0]).tensor]
-        self.shapes = [run.matrix(i).block.shape for i in self.matrices]
-        self.dims = [_selected_dim(shape, group) for shape in self.shapes]
-        self.lengths = [shape[dim] for shape, dim in zip(self.shapes, self.dims, strict=True)]
+        bound = run.bound[run.matrix(self.matrices[0]).tensor]
+        self.process_group = bound.process_group
+        self.device = bound.local(bound.storage).device
+        self.works = [run.matrix(i).work_shape for i in self.matrices]
+        shapes = [run.matrix(i).block.shape for i in self.matrices]
+        self.dims = [_selected_dim(shape, group) for shape in shapes]
+        self.lengths = [shape[dim] for shape, dim in zip(shapes, self.dims, strict=True)]
         self.starts = list(accumulate(self.lengths, initial=0))
         self.held: list[tuple[int, Piece]] = []
         self.numbers: list[int] = []
+        self.boxes: list[Box] = []
+        self.counted: list[bool] = []  # whether no earlier rank stores the same
         for number, index in enumerate(self.matrices):
             for piece in run.pieces_of(index):
+                holders = run.matrix(index).layout.holders[piece.fragment.box]
                 self.held.append((index, piece))
                 self.numbers.append(number)
-        self.momenta = [
-            p.view(run.local_state(run.matrix(i).tensor, "momentum_buffer")) for i, p in self.held
+                self.boxes.append(_box(run, index, piece))
+                self.counted.append(holders[0] == bound.group_rank)
+        self.number_of_piece = torch.tensor(self.numbers, dtype=torch.int64, device=self.device)
+        self.borders = [
+            borders(run.plan, i, dim) for i, dim in zip(self.matrices, self.dims, strict=True)
         ]
-        self.device = self.bound.local(self.bound.storage).device
-
-    def select(self) -> dict[int, Choice]:
-        """The largest rows or columns of every matrix."""
-        sums = self._sums()
-        chosen = self._largest(sums)
-        mask = torch.zeros(self.starts[-1], dtype=torch.int32, device=self.device)
-        for number, indices in enumerate(chosen):
-            mask[indices + self.starts[number]] = 1
-        below = torch.zeros(len(mask) + 1, dtype=torch.int32, device=self.device)
-        torch.cumsum(mask, 0, out=below[1:])
-        edges = [
-            borders(self.run.plan, i, d) for i, d in zip(self.matrices, self.dims, strict=True)
+        places = [
+            start + border
+            for start, found in zip(self.starts, self.borders, strict=False)
+            for border in found
         ]
-        places = [s + edge for s, found in zip(self.starts, edges, strict=False) for edge in found]
-        counts = iter(below[torch.tensor(places, device=self.device)].tolist())
-        choices = {}
-        for number, index in enumerate(self.matrices):
-            found = {edge: next(counts) for edge in edges[number]}
-            first = found[0]
-            selection = Selection(
-                self.dims[number],
-                self.run.matrix(index).work_shape,
-                {edge: count - first for edge, count in found.items()},
-            )
-            choices[index] = Choice(selection, chosen[number])
-        return choices
+        self.places = torch.tensor(places, device=self.device)
 
-    def _sums(self) -> Tensor:
-        """Sums of magnitudes of all rows or columns: int64, exact, the same on every rank."""
-        largest = torch.zeros(len(self.matrices), dtype=torch.float64, device=self.device)
-        if self.held:
-            found = torch.stack(list(torch._foreach_norm(self.momenta, ord=float("inf")))).double()
-            where = torch.tensor(self.numbers, device=self.device)
-            largest.scatter_reduce_(0, where, found, "amax")
-        group = self.bound.process_group
-        reduce_largest_(largest, group)
-        exponents = (_BITS - torch.frexp(largest).exponent).clamp(max=126)  # in fp32
-        scales = torch.ldexp(torch.ones_like(largest), exponents)
-        sums = torch.zeros(self.starts[-1], dtype=torch.int64, device=self.device)
-        for (index, piece), number, momentum in zip(
-            self.held, self.numbers, self.momenta, strict=True
-        ):
-            holders = self.run.matrix(index).layout.holders[piece.fragment.box]
-            if holders[0] != self.bound.group_rank:
-                continue  # another replica counts it
-            dim, box = self.dims[number], _box(self.run, index, piece)
+
+def _sums(geometry: _Geometry, momenta: Sequence[Tensor]) -> Tensor:
+    """Sums of magnitudes of all rows or columns: int64, exact, the same on every rank."""
+    device = geometry.device
+    largest = torch.zeros(len(geometry.matrices), dtype=torch.float64, device=device)
+    if momenta:
+        found = torch.stack(list(torch._foreach_norm(list(momenta), ord=float("inf")))).double()
+        largest.scatter_reduce_(0, geometry.number_of_piece, found, "amax")
+    reduce_largest_(largest, geometry.process_group)
+    exponents = (_BITS - torch.frexp(largest).exponent).clamp(max=126)  # in fp32
+    scales = torch.ldexp(torch.ones_like(largest), exponents)
+    sums = torch.zeros(geometry.starts[-1], dtype=torch.int64, device=device)
+    for momentum, number, box, is_counted in zip(
+        momenta, geometry.numbers, geometry.boxes, geometry.counted, strict=True
+    ):
+        if is_counted:
+            dim = geometry.dims[number]
             scaled = momentum.view(box.size).abs().mul_(scales[number].to(momentum.dtype))
-            begin = self.starts[number] + box.start[dim]
-            sums[begin : begin + box.size[dim]] += scaled.to(torch.int32).sum(
-                1 - dim, dtype=torch.int64
-            )
-        reduce_sum_(sums, group)
-        return sums
+            begin = geometry.starts[number] + box.start[dim]
+            magnitudes = scaled.to(torch.int32)
+            sums[begin : begin + box.size[dim]] += magnitudes.sum(1 - dim, dtype=torch.int64)
+    reduce_sum_(sums, geometry.process_group)
+    return sums
 
-    def _largest(self, sums: Tensor) -> list[Tensor]:
-        """For each matrix, the indices with the largest sums, ascending; of equals the first."""
-        alike: dict[tuple[int, int], list[int]] = {}
-        for number, index in enumerate(self.matrices):
-            count = self.run.matrix(index).work_shape[self.dims[number]]
-            alike.setdefault((self.lengths[number], count), []).append(number)
-        chosen: dict[int, Tensor] = {}
-        for (length, count), numbers in alike.items():
-            rows = torch.stack([sums.narrow(0, self.starts[n], length) for n in numbers])
-            order = torch.sort(rows, dim=1, descending=True, stable=True).indices
-            found = order[:, :count].sort(dim=1).values
-            chosen.update(zip(numbers, found.unbind(), strict=True))
-        return [chosen[number] for number in range(len(self.matrices))]
+
+def _largest(geometry: _Geometry, sums: Tensor) -> list[Tensor]:
+    """For each matrix, the indices with the largest sums, ascending; of equals the first."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, (length, dim) in enumerate(zip(geometry.lengths, geometry.dims, strict=True)):
+        alike.setdefault((length, geometry.works[number][dim]), []).append(number)
+    chosen: dict[int, Tensor] = {}
+    for (length, count), numbers in alike.items():
+        rows = torch.stack([sums.narrow(0, geometry.starts[n], length) for n in numbers])
+        order = torch.sort(rows, dim=1, descending=True, stable=True).indices
+        found = order[:, :count].sort(dim=1).values
+        chosen.update(zip(numbers, found.unbind(), strict=True))
+    return [chosen[number] for number in range(len(geometry.matrices))]
+
+
+def _choices(geometry: _Geometry, chosen: Sequence[Tensor]) -> dict[int, Choice]:
+    """How many of the chosen indices lie in each box. Waits for the device."""
+    starts, device = geometry.starts, geometry.device
+    mask = torch.zeros(starts[-1], dtype=torch.int32, device=device)
+    mask[torch.cat([indices + start for indices, start in zip(chosen, starts, strict=False)])] = 1
+    below = torch.zeros(len(mask) + 1, dtype=torch.int32, device=device)
+    torch.cumsum(mask, 0, out=below[1:])
+    counts = iter(below[geometry.places].tolist())
+    choices = {}
+    for number, index in enumerate(geometry.matrices):
+        found = {border: next(counts) for border in geometry.borders[number]}
+        first = found[0]
+        selection = Selection(
+            geometry.dims[number],
+            geometry.works[number],
+            {border: count - first for border, count in found.items()},
+        )
+        choices[index] = Choice(selection, chosen[number])
+    return choices
 
 
 def check_rectangles(bound: BoundParameter) -> None:

@@ -98,18 +98,22 @@ def update_weights(pieces: Pieces, updates: Sequence[Tensor]) -> None:
     by_scale: dict[float, list[int]] = {}
     for position, scale in enumerate(pieces.scales()):
         by_scale.setdefault(scale, []).append(position)
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
-    if not group["independent_decay"]:
-        decay = lr * decay
     for scale, positions in by_scale.items():
+        decay, rate = decay_and_rate(group, scale)
         apply_update(
             [full[p] for p in positions],
             [updates[p] for p in positions],
-            rate=lr * scale,
+            rate=rate,
             decay=decay,
             cautious=bool(group["cautious"]),
         )
     pieces.write(weights, full)
+
+
+def decay_and_rate(group: Mapping[str, Any], scale: float) -> tuple[float, float]:
+    """What ``apply_update`` takes, for matrices whose shape scales the learning rate so."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    return decay if group["independent_decay"] else lr * decay, lr * scale
 
 
 def apply_update(
@@ -173,6 +177,7 @@ __all__ = [
     "MUON_SETTINGS",
     "Muon",
     "apply_update",
+    "decay_and_rate",
     "momentum_direction",
     "orthogonalize_batch",
     "orthogonalized_",
