@@ -1,0 +1,142 @@
+"""Checkpoints of Megatron runs with FlashMuon: saved on some ranks, resumed on others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from flashns_dist.testing.pool import RankPool
+from tests.integrations.megatron_training import (
+    Case,
+    make_chunks,
+    make_optimizer,
+    megatron_ready,
+    resume,
+    save,
+    train,
+    train_and_save,
+)
+
+FULL, BY_DATA = "fully_reshardable", "dp_reshardable"
+PLAIN = Case(gated=True)
+EXPERTS = Case(gated=True, experts=4)
+
+# name: sharding type, (ranks, case) that saves, (ranks, case) that resumes
+RESUMED = {
+    "the same ranks": (FULL, (2, PLAIN), (2, PLAIN)),
+    "more data ranks": (FULL, (2, PLAIN), (4, PLAIN)),
+    "tensor parallel": (FULL, (2, PLAIN), (2, replace(PLAIN, tp=2))),
+    "tensor to pipeline": (FULL, (4, replace(PLAIN, tp=2)), (2, replace(PLAIN, pp=2))),
+    "by data rank": (BY_DATA, (2, PLAIN), (4, PLAIN)),
+    "experts by data rank": (BY_DATA, (4, replace(EXPERTS, ep=2)), (2, replace(EXPERTS, ep=2))),
+    "experts": (FULL, (2, replace(EXPERTS, ep=2)), (4, replace(EXPERTS, ep=4))),
+    "replicated": (
+        None,
+        (2, replace(PLAIN, distributed=False)),
+        (2, replace(PLAIN, distributed=False, tp=2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """In fp32: sums in another order are the only difference."""
+    sharding, (size, case), (other_size, other) = RESUMED[name]
+    whole = ranks.run(size, train_and_save, case, str(tmp_path), sharding, 2)[0]
+    resumed = ranks.run(other_size, resume, other, str(tmp_path), sharding, 2)[0]
+    for (loss, norm), (expected, expected_norm) in zip(resumed, whole[2:], strict=True):
+        assert loss == pytest.approx(expected, abs=5e-6)
+        assert norm == pytest.approx(expected_norm, rel=5e-6)
+    assert abs(whole[2][0] - whole[0][0]) > 0.01
+
+
+def test_the_loss_scale_and_half_precision_come_back(ranks: RankPool, tmp_path: Path) -> None:
+    case = replace(PLAIN, dtype="fp16")
+    whole = ranks.run(2, train_and_save, case, str(tmp_path), FULL, 2)[0]
+    assert ranks.run(2, resume, case, str(tmp_path), FULL, 2)[0] == whole[2:]
+
+
+def keep_flags(folder: str) -> dict[str, Any]:
+    """Save with one momentum and learning rate, load with another; what the groups say then."""
+    from tests.integrations.megatron_training import load
+
+    with megatron_ready(PLAIN):
+        chunks = make_chunks(PLAIN)
+        optimizer = make_optimizer(PLAIN, chunks)
+        train(PLAIN, chunks, optimizer, range(1))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.125
+        save(folder, chunks, optimizer, FULL)
+        changed = replace(PLAIN, config={"muon_momentum": 0.5})
+        chunks = make_chunks(changed)
+        optimizer = make_optimizer(changed, chunks)
+        load(folder, chunks, optimizer, FULL)
+        matrices = next(g for g in optimizer.param_groups if g["update_rule"] == "muon")
+        steps = {float(s["step"]) for s in optimizer.chained_optimizers[0].state.values()}
+        kept = ("wd_mult", "lr_mult", "max_lr", "min_lr", "is_decoupled_lr", "is_expert_parallel")
+        return {
+            "momentum": matrices["momentum"],
+            "lr": matrices["lr"],
+            "steps": steps,
+            "missing": [key for key in kept if key not in matrices],
+        }
+
+
+def test_flags_of_this_run_win_and_what_the_scheduler_sets_is_restored(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    found = ranks.run(1, keep_flags, str(tmp_path))[0]
+    assert found == {"momentum": 0.5, "lr": 0.125, "steps": {1.0}, "missing": []}
+
+
+def refuse(folder: str) -> list[str]:
+    from tests.integrations.megatron_training import load
+
+    messages = []
+    with megatron_ready(PLAIN):
+        chunks = make_chunks(PLAIN)
+        optimizer = make_optimizer(PLAIN, chunks)
+        for kind in ("dp_zero_gather_scatter", "fully_sharded_model_space", "fsdp_dtensor"):
+            try:
+                save(folder, chunks, optimizer, kind)
+            except NotImplementedError as error:
+                messages.append(str(error))
+        try:
+            optimizer.save_parameter_state(f"{folder}/state.pt")
+        except NotImplementedError as error:
+            messages.append(str(error))
+        adam = replace(PLAIN, optimizer="adam")
+        chunks = make_chunks(adam)
+        other = make_optimizer(adam, chunks)
+        for child in other.chained_optimizers:  # torch's Adam needs a state to be saved
+            for group in child.optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.zeros_like(param)
+            child.optimizer.step()
+        save(folder, chunks, other, FULL)
+        chunks = make_chunks(PLAIN)
+        try:
+            load(folder, chunks, make_optimizer(PLAIN, chunks), FULL)
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def test_other_formats_and_other_optimizers_are_refused_by_name(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    messages = ranks.run(1, refuse, str(tmp_path))[0]
+    for kind, message in zip(
+        ("dp_zero_gather_scatter", "fully_sharded_model_space", "fsdp_dtensor", "torch"),
+        messages[:4],
+        strict=True,
+    ):
+        assert f"checkpoint format {kind}" in message
+    assert len(messages) == 5
+    assert messages[4].startswith("ValueError: the checkpoint has no parameter group with")

@@ -1,0 +1,288 @@
+"""Flags, refusals, and where things lie: what needs no training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("megatron.core")
+
+from flashns_dist.layout import leading_blocks
+from flashns_dist.testing.pool import RankPool
+from tests.integrations.megatron_training import (
+    Case,
+    make_chunks,
+    make_optimizer,
+    megatron_ready,
+)
+
+
+def config(**values: Any) -> Any:
+    from megatron.core.optimizer import OptimizerConfig
+
+    return OptimizerConfig(optimizer="flashmuon", lr=0.02, weight_decay=0.1, **values)
+
+
+def resolved(settings: dict[str, Any] | None = None, **values: Any) -> Any:
+    from flashns_dist.integrations.megatron.settings import Settings, resolve
+
+    return resolve(config(**values), Settings(**(settings or {})))
+
+
+# Settings -------------------------------------------------------------------------------------
+
+
+def test_flags_of_megatrons_muon_are_followed() -> None:
+    values = resolved(
+        muon_momentum=0.8,
+        muon_scale_mode="spectral",
+        muon_extra_scale_factor=0.2,
+        muon_fp32_matmul_prec="high",
+        muon_split_qkv=False,
+        adam_beta2=0.99,
+    )
+    arguments = values.arguments
+    assert arguments["momentum"] == 0.8
+    assert arguments["adjust_lr_fn"]((32, 128)) == pytest.approx(0.2 * 128**0.5)
+    assert arguments["ns_dtype"] == torch.float32
+    assert arguments["betas"] == (0.9, 0.99)
+    assert not values.settings.split_qkv
+    assert arguments["method"] == "auto"
+
+
+def test_newton_schulz_steps_of_megatrons_are_taken_when_given() -> None:
+    values = resolved(muon_num_ns_steps=10)
+    assert values.arguments["method"] == "standard"
+    rows = values.arguments["ns_coefficients"]
+    assert len(rows) == 10
+    assert rows[0] == rows[5] == (4.0848, -6.8946, 2.9270)
+    with pytest.raises(ValueError, match="muon-num-ns-steps 7"):
+        resolved(muon_num_ns_steps=7)
+    with pytest.raises(ValueError, match="Give one pair only"):
+        resolved({"method": "gram"}, muon_num_ns_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("muon_scalar_optimizer", "lion", "lion"), ("muon_tp_mode", "blockwise", "blockwise")],
+)
+def test_what_cannot_be_done_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    """Of 0.17 and main; 0.16 has no scalar optimizer, and another default of the mode."""
+    from flashns_dist.integrations.megatron import settings
+
+    monkeypatch.setattr(settings._MuonFlags, "is_changed", lambda self, key: f"muon_{key}" == name)
+    given = config()
+    setattr(given, name, value)
+    with pytest.raises(ValueError, match=message):
+        settings.resolve(given, settings.Settings())
+
+
+def test_the_banner_says_what_the_flags_resolve_to() -> None:
+    text = "\n".join(resolved({"aux_lr": 1e-3, "overrides": {"*.router.*": "muon"}}).lines)
+    for expected in ("momentum = 0.95", "aux_lr = 0.001", "*.router.* = muon", "--muon-tp-mode"):
+        assert expected in text
+
+
+# Command line ---------------------------------------------------------------------------------
+
+
+def test_the_command_line_of_megatron_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for megatron.training, which is not in the package of 0.16."""
+    from flashns_dist.integrations.megatron.command_line import install_arguments
+
+    module: Any = types.ModuleType("megatron.training.arguments")
+    seen = []
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--optimizer", choices=["adam", "muon"], default="adam")
+        parser.add_argument("--ckpt-format", default="torch_dist")
+        parser.add_argument("--save")
+        return parser
+
+    def validate(args: Any, defaults: Any = None) -> Any:
+        seen.append(args.optimizer)
+        return args
+
+    module.add_megatron_arguments, module.validate_args = add, validate
+    holder: Any = types.ModuleType("holder_of_validate_args")
+    holder.validate_args = validate
+    package = types.ModuleType("megatron.training")
+    monkeypatch.setitem(sys.modules, "megatron.training", package)
+    monkeypatch.setitem(sys.modules, "megatron.training.arguments", module)
+    monkeypatch.setitem(sys.modules, "holder_of_validate_args", holder)
+    found: list[Any] = []
+    install_arguments(found.append)
+    parser = module.add_megatron_arguments(argparse.ArgumentParser())
+    line = "--optimizer flashmuon --flashmuon-aux-lr 0.001 --no-flashmuon-split-gate-up"
+    args = parser.parse_args(
+        [*line.split(), "--flashmuon-overrides", "*.router.*=muon", "--save", "there"]
+    )
+    assert holder.validate_args(args).optimizer == "flashmuon"
+    assert seen == ["adam"]
+    (settings,) = found
+    assert settings.aux_lr == 0.001
+    assert not settings.split_gate_up
+    assert settings.split_qkv
+    assert settings.overrides == {"*.router.*": "muon"}
+    args.ckpt_format = "torch"
+    with pytest.raises(NotImplementedError, match="--ckpt-format torch:"):
+        module.validate_args(args)
+    module.validate_args(parser.parse_args(["--optimizer", "muon"]))
+    assert seen == ["adam", "muon"]
+
+
+# Versions -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_version_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashns_dist.integrations.megatron import internals
+    from megatron.core import optimizer as core_optimizer
+
+    name = "_get_megatron_optimizer_based_on_param_groups"
+    monkeypatch.delattr(core_optimizer, name)
+    with pytest.raises(RuntimeError, match=rf"has no megatron\.core\.optimizer\.{name}"):
+        internals.check_version()
+
+
+# Refusals -------------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, str]:
+    messages = {}
+    with megatron_ready(Case()):
+        for name, value in (
+            ("optimizer_cpu_offload", True),
+            ("use_precision_aware_optimizer", True),
+            ("decoupled_weight_decay", False),
+        ):
+            chunks = make_chunks(Case())
+            messages[name] = refused(chunks, **{name: value})
+        chunks = make_chunks(Case())
+        chunks[0].ddp_config = replace(chunks[0].ddp_config, use_megatron_fsdp=True)
+        messages["Megatron-FSDP"] = refused(chunks)
+        chunks = make_chunks(Case())
+        chunks[0].config.gtp_weight_remat_size = 2
+        messages["generalized tensor parallelism"] = refused(chunks)
+        messages["model chunk"] = refused([nn.Linear(2, 2)])
+    return messages
+
+
+def refused(chunks: list[Any], **values: Any) -> str:
+    from flashns_dist.integrations.megatron.support import check_supported
+
+    given = config()
+    for name, value in values.items():
+        object.__setattr__(given, name, value)
+    try:
+        check_supported(given, chunks)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def test_unsupported_features_are_refused_by_name(ranks: RankPool) -> None:
+    for name, message in ranks.run(1, refusals)[0].items():
+        assert message.startswith("FlashMuon does not support Megatron's")
+        assert name in message
+
+
+# Which parameters are matrices ----------------------------------------------------------------
+
+
+def rules_of(case: Case) -> dict[str, str]:
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        for name, param in chunks[0].named_parameters():
+            if "layers.1.mlp.linear_fc2" in name:
+                param.use_muon = False
+        optimizer = make_optimizer(case, chunks)
+        child = optimizer.chained_optimizers[0]
+        names = {param: name for name, param in chunks[0].named_parameters()}
+        return {names[p].removeprefix("module."): r for p, r in child.flashmuon_rules.items()}
+
+
+def test_what_is_orthogonalized(ranks: RankPool) -> None:
+    case = Case(settings={"overrides": {"*.0.mlp.linear_fc1.weight": "adamw"}})
+    rules = ranks.run(1, rules_of, case)[0]
+    matrices = {name for name, rule in rules.items() if rule == "muon"}
+    attention = ("self_attention.linear_qkv.weight", "self_attention.linear_proj.weight")
+    assert matrices == {
+        *(f"decoder.layers.{i}.{name}" for i in (0, 1) for name in attention),
+        "decoder.layers.0.mlp.linear_fc2.weight",
+        "decoder.layers.1.mlp.linear_fc1.weight",
+    }
+
+
+# Layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_shard_layouts_say_where_every_element_is(dim: int, num_ranks: int) -> None:
+    """Against slices of a numbered matrix, with a bucket that begins and ends elsewhere."""
+    from flashns_dist.integrations.megatron.layouts import (
+        buffer_ranges,
+        holdings_of,
+        shard_layout,
+    )
+
+    num_shards, shape = (1 if dim < 0 else 2), (10, 14)
+    local_shape = tuple(n // num_shards if axis == dim else n for axis, n in enumerate(shape))
+    numbers = torch.arange(140).view(shape)
+    shards = numbers.chunk(num_shards, dim) if dim >= 0 else (numbers,)
+    numel = shards[0].numel()
+    start, bucket = 64, 64 * num_ranks * 5
+    ranges = buffer_ranges(start, start + numel, 0, bucket, num_ranks)
+    members = [(t, d) for d in range(num_ranks) for t in range(num_shards)]
+    layout = shard_layout(local_shape, dim, num_shards, holdings_of(members, ranges))
+    assert layout.shape == shape
+    found = torch.full(shape, -1)
+    for (shard, replica), fragments in zip(members, layout.fragments, strict=True):
+        first, last = ranges[replica]
+        storage = shards[shard].reshape(-1)[first:last]
+        for fragment in fragments:
+            found[fragment.box.slices_in(leading_blocks(shape)[0].parts[0])] = fragment.view(
+                storage
+            )
+    assert torch.equal(found, numbers)
+
+
+def packed_experts(gated: bool, num_shards: int) -> list[list[tuple[int, int]]]:
+    from flashns_dist.integrations.megatron.matrices import describe
+
+    class GroupedMLP(nn.Module):
+        """The packed layout of 0.16, whose own class needs a GPU library."""
+
+        num_local_experts = 3
+        config = types.SimpleNamespace(gated_linear_unit=gated)
+
+    found = []
+    for name, shape, dim in (("weight1", (8, 3 * 12), 1), ("weight2", (3 * 6, 8), 0)):
+        param = nn.Parameter(torch.zeros(shape))
+        param.tensor_model_parallel, param.partition_dim = True, dim  # type: ignore[attr-defined]
+        described = describe(
+            f"mlp.experts.{name}",
+            param,
+            [GroupedMLP()],
+            num_shards,
+            is_matrix=True,
+            split_qkv=True,
+            split_gate_up=True,
+        )
+        found.append([block.shape for block in described.blocks])
+    return found
+
+
+def test_packed_experts_are_matrices_by_expert() -> None:
+    assert packed_experts(False, 1) == [[(8, 12)] * 3, [(6, 8)] * 3]
+    assert packed_experts(True, 1) == [[(8, 6)] * 6, [(6, 8)] * 3]
+    assert packed_experts(True, 2) == [[(8, 12)] * 6, [(12, 8)] * 3]
