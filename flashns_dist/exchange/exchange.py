@@ -59,7 +59,7 @@ class Exchange:
         self._moves = tuple(plan.moves(bucket) for bucket in range(len(plan.buckets)))
         self._group = group
         self._device = device
-        self._dtype = wire_dtype
+        self.dtype = wire_dtype
         self._blocks = [matrix.block for matrix in plan.matrices]
         self._narrowing: Narrowing | None = None
         self._buffers: list[list[Tensor]] = []
@@ -89,7 +89,7 @@ class Exchange:
                 for size, old in zip(sizes, self._buffers[0], strict=True)
             ]
         self._buffers = [
-            [torch.empty(size, dtype=self._dtype, device=self._device) for size in sizes]
+            [torch.empty(size, dtype=self.dtype, device=self._device) for size in sizes]
             for _ in range(min(2, len(self.schedules)))
         ]
 
@@ -114,7 +114,7 @@ class Exchange:
         elements = sum(
             sum(s.gather.send_splits) + sum(s.scatter.send_splits) for s in self.schedules
         )
-        return elements * self._dtype.itemsize
+        return elements * self.dtype.itemsize
 
     @property
     def buffer_bytes(self) -> int:
@@ -123,27 +123,23 @@ class Exchange:
 
     def new_batch(self, batch: int, rows: int, cols: int) -> Tensor:
         """An uninitialized batch to gather matrices into."""
-        return torch.empty(batch, rows, cols, dtype=self._dtype, device=self._device)
+        return torch.empty(batch, rows, cols, dtype=self.dtype, device=self._device)
 
-    def targets(self, bucket: int, into: Mapping[int, Tensor]) -> list[Tensor | None]:
-        """Where the direction of each held piece has to be, if in one place: to be computed there.
+    def addresses(self, bucket: int) -> list[int]:
+        """Where the bucket's buffers are: gather's sent and received, scatter's sent and received.
 
-        Args:
-            bucket: Index of the bucket.
-            into: For each owned matrix, a contiguous ``(rows, cols)`` tensor.
-
-        Returns:
-            Tensors in the wire dtype, shaped like the pieces' boxes; None for a piece that several
-            owners or none need.
+        For kernels that pack and unpack by themselves, around ``launch_gather`` and
+        ``launch_scatter``.
         """
-        schedule = self.schedules[bucket]
-        sent = self._buffers[bucket % 2][0]
-        places: list[list[Tensor]] = [[] for _ in schedule.held]
-        for segment in schedule.gather.sends:
-            places[segment.held].append(_segment(sent, segment))
-        for segment in schedule.gather.local:
-            places[segment.held].append(self._inside(into[segment.matrix], segment))
-        return [found[0] if len(found) == 1 else None for found in places]
+        return [buffer.data_ptr() for buffer in self._buffers[bucket % 2]]
+
+    def launch_gather(self, bucket: int) -> Transfer:
+        """``start_gather`` where the send buffer is packed already."""
+        return self._launch(bucket, 0, self.schedules[bucket].gather)
+
+    def launch_scatter(self, bucket: int) -> Transfer:
+        """``start_scatter`` where the send buffer is packed already."""
+        return self._launch(bucket, 2, self.schedules[bucket].scatter)
 
     def start_gather(
         self, bucket: int, directions: Sequence[Tensor], into: Mapping[int, Tensor]
@@ -153,8 +149,7 @@ class Exchange:
         Args:
             bucket: Index of the bucket.
             directions: For each of the schedule's held pieces, a tensor shaped like its box, of any
-                float dtype; cast to the wire dtype while packing. One that is in its target already
-                is left there.
+                float dtype; cast to the wire dtype while packing.
             into: For each owned matrix, a contiguous ``(rows, cols)`` tensor; pieces that this rank
                 both holds and owns are written now.
         """
@@ -212,10 +207,14 @@ class Exchange:
     def _start(
         self, bucket: int, first_buffer: int, route: Route, sources: Sequence[Tensor]
     ) -> Transfer:
+        sent = self._buffers[bucket % 2][first_buffer]
+        _copy([_segment(sent, segment) for segment in route.sends], sources)
+        return self._launch(bucket, first_buffer, route)
+
+    def _launch(self, bucket: int, first_buffer: int, route: Route) -> Transfer:
         pair = self._buffers[bucket % 2]
         sent = pair[first_buffer][: sum(route.send_splits)]
         received = pair[first_buffer + 1][: sum(route.receive_splits)]
-        _copy([_segment(sent, segment) for segment in route.sends], sources)
         work = None
         if self._moves[bucket]:
             work = dist.all_to_all_single(
@@ -238,11 +237,7 @@ def _segment(buffer: Tensor, segment: Segment) -> Tensor:
 
 
 def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    pairs = [
-        (target, value)
-        for target, value in zip(targets, values, strict=True)
-        if target.numel() and target.data_ptr() != value.data_ptr()
-    ]
+    pairs = [(t, v) for t, v in zip(targets, values, strict=True) if t.numel()]
     if pairs:
         torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
 

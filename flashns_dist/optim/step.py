@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashns_dist.exchange import Exchange, Transfer
 from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.fused import FusedPasses
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules import MATRIX_RULES, MatrixRule
 from flashns_dist.plan import CostModel, Matrix, Plan, make_plan
@@ -118,6 +119,8 @@ class MatrixStep:
         self.exchange = exchange
         self._resident = resident
         self._starts = _block_starts(bound, (*plan.matrices, *resident), groups)
+        batches = [owned_batches(exchange, bucket) for bucket in range(len(plan.buckets))]
+        self.fused = FusedPasses(bound, exchange, groups, batches)
         self._kept: dict[Any, Any] = {}
 
     def run(
@@ -155,32 +158,63 @@ class MatrixStep:
         if run.choices:
             selections = {index: choice.selection for index, choice in run.choices.items()}
             self.exchange.narrow(selections)
+        if self.fused.num_fused:
+            self.fused.begin(gradients, state)
         self._run_buckets(run)
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
 
     def _run_buckets(self, run: Run) -> None:
         """Bucket k + 1 is gathered and bucket k - 1 scattered while k is on its owners."""
-        exchange, num_buckets = self.exchange, len(self._plan.buckets)
-        batches: dict[int, _Batches] = {}
-        gathers: dict[int, Transfer] = {}
-        scatters: dict[int, Transfer] = {}
-        for bucket in range(num_buckets + 1):
+        num_buckets = len(self._plan.buckets)
+        under_way: dict[int, _UnderWay] = {}
+        for bucket in range(num_buckets + 2):
             if bucket < num_buckets:
-                batches[bucket] = _Batches(exchange, bucket)
-                into = batches[bucket].matrices
-                directions = self._before(bucket, run, into)
-                gathers[bucket] = exchange.start_gather(bucket, directions, into)
-            if bucket > 0:
-                owned = batches.pop(bucket - 1)
-                exchange.finish_gather(bucket - 1, gathers.pop(bucket - 1), owned.matrices)
-                results = self._on_owner(run, owned)
-                del owned
-                scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
-            if bucket > 1:
-                self._after(bucket - 2, run, scatters.pop(bucket - 2))
-        if num_buckets:
-            self._after(num_buckets - 1, run, scatters.pop(num_buckets - 1))
+                under_way[bucket] = self._gather(bucket, run)
+            if 1 <= bucket <= num_buckets:
+                self._compute(bucket - 1, run, under_way[bucket - 1])
+            if bucket >= 2:
+                self._finish(bucket - 2, run, under_way.pop(bucket - 2))
+
+    def _gather(self, bucket: int, run: Run) -> _UnderWay:
+        state = _UnderWay(self.exchange, bucket)
+        if self.fused.is_fused(bucket):
+            self.fused.momentum(bucket, state.batches)
+            state.transfer = self.exchange.launch_gather(bucket)
+        else:
+            directions = self._before(bucket, run)
+            state.transfer = self.exchange.start_gather(bucket, directions, state.inputs())
+        return state
+
+    def _compute(self, bucket: int, run: Run, state: _UnderWay) -> None:
+        """Whole matrices on their owner: unpack, compute the updates, send them."""
+        assert state.transfer is not None
+        is_fused = self.fused.is_fused(bucket)
+        if is_fused:
+            state.transfer.wait()
+            self.fused.unpack(bucket)
+        else:
+            self.exchange.finish_gather(bucket, state.transfer, state.inputs())
+        while state.batches:
+            indices = state.indices[len(state.results)]
+            group = run.groups[run.group_of(indices[0])]
+            updates = _rule(group).on_owner(run, indices, state.batches.pop(0), group)
+            state.results.append(updates.contiguous())
+        if is_fused:
+            self.fused.pack(bucket, state.results)
+            state.transfer = self.exchange.launch_scatter(bucket)
+        else:
+            state.transfer = self.exchange.start_scatter(bucket, state.outputs())
+
+    def _finish(self, bucket: int, run: Run, state: _UnderWay) -> None:
+        assert state.transfer is not None
+        if self.fused.is_fused(bucket):
+            state.transfer.wait()
+            self.fused.update(bucket)
+            return
+        updates = self.exchange.finish_scatter(bucket, state.transfer)
+        for pieces, positions in self._pieces(bucket, run):
+            _rule(pieces.group).after(pieces, [updates[p] for p in positions])
 
     def _pieces(self, bucket: int, run: Run) -> list[tuple[Pieces, list[int]]]:
         """The bucket by parameter group, with the positions of its pieces among the held ones."""
@@ -204,7 +238,7 @@ class MatrixStep:
             for group_index, indices in sorted(matrices.items())
         ]
 
-    def _before(self, bucket: int, run: Run, into: Mapping[int, Tensor]) -> list[Tensor]:
+    def _before(self, bucket: int, run: Run) -> list[Tensor]:
         held = self.exchange.schedules[bucket].held
         directions: list[Tensor] = [torch.empty(0)] * len(held)
         for pieces, positions in self._pieces(bucket, run):
@@ -213,43 +247,46 @@ class MatrixStep:
                 directions[position] = direction
         return directions
 
-    def _on_owner(self, run: Run, owned: _Batches) -> dict[int, Tensor]:
-        results: dict[int, Tensor] = {}
-        for stack, indices in owned.stacks:
-            group = run.groups[run.group_of(indices[0])]
-            outputs = _rule(group).on_owner(run, indices, stack, group)
-            for slot, index in enumerate(indices):
-                results[index] = outputs[slot]
-        return results
 
-    def _after(self, bucket: int, run: Run, scatter: Transfer) -> None:
-        updates = self.exchange.finish_scatter(bucket, scatter)
-        for pieces, positions in self._pieces(bucket, run):
-            _rule(pieces.group).after(pieces, [updates[p] for p in positions])
-
-
-class _Batches:
-    """A bucket's matrices on their owner, stacked by equal shape and kind, to be gathered into.
+class _UnderWay:
+    """One bucket between its gather and its update.
 
     Attributes:
-        stacks: Batches ``(len(indices), rows, cols)`` and the indices of their matrices.
-        matrices: Views of them, by index.
+        indices: The matrices that this rank owns, by batch.
+        batches: ``(len(indices), rows, cols)`` each, to gather into; gone once computed.
+        results: Their updates.
+        transfer: The last collective.
     """
 
     def __init__(self, exchange: Exchange, bucket: int) -> None:
-        alike: dict[tuple[tuple[int, int], str], list[int]] = {}
-        for index in exchange.schedules[bucket].owned:
-            matrix = exchange.plan.matrices[index]
-            alike.setdefault((matrix.work_shape, matrix.kind), []).append(index)
-        self.stacks = [
-            (exchange.new_batch(len(indices), *shape), indices)
-            for (shape, _), indices in alike.items()
-        ]
-        self.matrices = {
-            index: stack[slot]
-            for stack, indices in self.stacks
-            for slot, index in enumerate(indices)
-        }
+        owned = owned_batches(exchange, bucket)
+        self.indices = [indices for _, indices in owned]
+        self.batches = [exchange.new_batch(len(indices), *shape) for shape, indices in owned]
+        self.results: list[Tensor] = []
+        self.transfer: Transfer | None = None
+
+    def inputs(self) -> dict[int, Tensor]:
+        return _by_matrix(self.indices, self.batches)
+
+    def outputs(self) -> dict[int, Tensor]:
+        return _by_matrix(self.indices, self.results)
+
+
+def owned_batches(exchange: Exchange, bucket: int) -> list[tuple[tuple[int, int], list[int]]]:
+    """A bucket's matrices that this rank owns, by equal shape and kind: the shape, and which."""
+    alike: dict[tuple[tuple[int, int], str], list[int]] = {}
+    for index in exchange.schedules[bucket].owned:
+        matrix = exchange.plan.matrices[index]
+        alike.setdefault((matrix.work_shape, matrix.kind), []).append(index)
+    return [(shape, indices) for (shape, _), indices in alike.items()]
+
+
+def _by_matrix(indices: Sequence[Sequence[int]], batches: Sequence[Tensor]) -> dict[int, Tensor]:
+    return {
+        index: batch[slot]
+        for batch, each in zip(batches, indices, strict=True)
+        for slot, index in enumerate(each)
+    }
 
 
 def _block_starts(

@@ -263,10 +263,6 @@ def round_trip(seeds: list[int]) -> int:
                 held = exchange.schedules[bucket].held
                 directions = [piece.view(local[plan.matrices[i].tensor]) for i, piece in held]
                 into = inputs[bucket] = empty_inputs(plan, exchange, bucket)
-                targets = exchange.targets(bucket, into)
-                for position in range(seed % 2, len(held), 2):  # some are where they have to be
-                    if (target := targets[position]) is not None:
-                        directions[position] = target.copy_(directions[position])
                 gathers[bucket] = exchange.start_gather(bucket, directions, into)
             if 0 <= bucket - 1 < len(plan.buckets):
                 into = inputs.pop(bucket - 1)

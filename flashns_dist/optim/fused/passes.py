@@ -1,0 +1,404 @@
+"""The fused passes of a plan: tables at setup, addresses in each step, one launch per pass."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.exchange import Exchange
+from flashns_dist.layout import Block, Box
+from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.optim.learning_rate import learning_rate_scale
+from flashns_dist.optim.rules import MATRIX_RULES
+from flashns_dist.optim.rules.muon import Muon, decay_and_rate
+
+BLOCK = 4096
+"""Elements of a program."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GATHER_SEND, _GATHER_RECEIVE, _SCATTER_SEND, _SCATTER_RECEIVE, _FIRST_BATCH = range(5)
+
+Piece = tuple[int, Rows, int, Rows, int]
+"""Number of the one memory and the rows there, of the other and there, and the piece's kind."""
+
+
+class Table:
+    """Pieces of memory, on the device.
+
+    Args:
+        pieces: At least one.
+        device: Where the memories are.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+        rows, starts = [], []
+        for number, (one, at_one, other, at_other, _) in enumerate(pieces):
+            rows.append(
+                (
+                    *(at_one.numel, at_one.cols, one, at_one.offset, at_one.stride),
+                    *(other, at_other.offset, at_other.stride),
+                )
+            )
+            starts += [(number, start) for start in range(0, at_one.numel, BLOCK)]
+        self.num_chunks = len(starts)
+        self.is_flat = all(a.rows == 1 and b.rows == 1 for _, a, _, b, _ in pieces)
+        self.is_aligned = self.is_flat and all(
+            a.offset % 8 == 0 and b.offset % 8 == 0 for _, a, _, b, _ in pieces
+        )
+        self.pieces = torch.tensor(rows, dtype=torch.int64, device=device)
+        chunks = torch.tensor(starts, dtype=torch.int32).reshape(-1, 2).T.contiguous()
+        self.chunk_piece, self.chunk_start = chunks.to(device)
+        kinds = [kind for *_, kind in pieces]
+        self.kinds = torch.tensor(kinds, dtype=torch.int32, device=device)
+
+
+class BucketPasses:
+    """The tables of one bucket.
+
+    Attributes:
+        momentum: Parameters to send buffer and batches.
+        unpack: Receive buffer to batches.
+        pack: Results to send buffer.
+        update: Parameters from receive buffer and results.
+        weight_dtype: Of all parameters of which this rank holds pieces.
+        buffers: Addresses of the exchange's four buffers, the batches and the results.
+    """
+
+    def __init__(
+        self,
+        momentum: Sequence[Piece],
+        unpack: Sequence[Piece],
+        pack: Sequence[Piece],
+        update: Sequence[Piece],
+        num_batches: int,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.momentum, self.unpack, self.pack, self.update = (
+            Table(pieces, device) if pieces else None for pieces in (momentum, unpack, pack, update)
+        )
+        self.weight_dtype = weight_dtype
+        self.num_batches = num_batches
+        size = _FIRST_BATCH + 2 * num_batches
+        self.buffers = torch.zeros(size, dtype=torch.int64, device=device)
+
+
+class FusedPasses:
+    """The fused passes of one plan on one rank.
+
+    A bucket is fused if all of its pieces and segments are rows of memory in dtypes that the
+    kernels take, and its rules are elementwise as Muon's before and after the owner.
+
+    Args:
+        bound: The matrix parameters of one process group.
+        exchange: Made for the plan.
+        groups: ``param_groups`` of the optimizer.
+        batches: For each bucket, the stacks on the owner: shapes, and indices of their matrices.
+    """
+
+    def __init__(
+        self,
+        bound: Sequence[BoundParameter],
+        exchange: Exchange,
+        groups: Sequence[Mapping[str, Any]],
+        batches: Sequence[Sequence[tuple[tuple[int, int], list[int]]]],
+    ) -> None:
+        self._bound = bound
+        self._exchange = exchange
+        self._groups = groups
+        self._device = bound[0].local(bound[0].storage).device
+        self._kinds: dict[tuple[int, float], int] = {}
+        self.not_fused: list[str] = []
+        self._buckets = [self._bucket(bucket, stacks) for bucket, stacks in enumerate(batches)]
+        self._parameters = torch.zeros((len(bound), 3), dtype=torch.int64, device=self._device)
+        shape = (max(len(self._kinds), 1), 7)
+        self._factors = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self._gradient_dtype: torch.dtype | None = torch.float32
+        self._is_aligned = True
+        self._later: list[tuple[Tensor, list[Any]]] | None = None
+
+    # Setup ------------------------------------------------------------------------------------
+
+    def _bucket(
+        self, bucket: int, stacks: Sequence[tuple[tuple[int, int], list[int]]]
+    ) -> BucketPasses | None:
+        schedule = self._exchange.schedules[bucket]
+        names = {
+            self._bound[self._exchange.plan.matrices[index].tensor].name
+            for index, _ in schedule.held
+            if not self._is_fusable(self._exchange.plan.matrices[index].tensor)
+        }
+        dtypes = {
+            self._bound[self._exchange.plan.matrices[index].tensor].storage.dtype
+            for index, _ in schedule.held
+        }
+        possible = fusing_possible(self._device) and self._exchange.dtype in _DTYPES
+        if names or len(dtypes) > 1 or not possible:
+            self.not_fused += sorted(names) or [f"bucket {bucket}"]
+            return None
+        owned = {
+            index: (number, slot)
+            for number, (_, indices) in enumerate(stacks)
+            for slot, index in enumerate(indices)
+        }
+
+        def inside(index: int, part: int, box: Box) -> tuple[int, Rows | None]:
+            number, slot = owned[index]
+            block: Block = self._exchange.plan.matrices[index].block
+            shape = (len(stacks[number][1]), *stacks[number][0])
+            matrix = torch.empty(shape, device="meta")[slot]
+            return number, rows_of(block.view(matrix, part, box))
+
+        places: list[list[tuple[int, Rows | None]]] = [[] for _ in schedule.held]
+        sources: list[tuple[int, Rows | None]] = [(-1, None)] * len(schedule.held)
+        unpack: list[tuple[int, Rows | None, int, Rows | None]] = []
+        pack: list[tuple[int, Rows | None, int, Rows | None]] = []
+        for segment in schedule.gather.sends:
+            places[segment.held].append((_GATHER_SEND, _run(segment)))
+        for segment in schedule.gather.local:
+            number, rows = inside(segment.matrix, segment.part, segment.box)
+            places[segment.held].append((_FIRST_BATCH + number, rows))
+        for segment in schedule.gather.receives:
+            number, rows = inside(segment.matrix, segment.part, segment.box)
+            unpack.append((_GATHER_RECEIVE, _run(segment), _FIRST_BATCH + number, rows))
+        results = _FIRST_BATCH + len(stacks)
+        for segment in schedule.scatter.sends:
+            number, rows = inside(segment.matrix, segment.part, segment.box)
+            pack.append((results + number, rows, _SCATTER_SEND, _run(segment)))
+        for segment in schedule.scatter.receives:
+            sources[segment.held] = (_SCATTER_RECEIVE, _run(segment))
+        for segment in schedule.scatter.local:
+            number, rows = inside(segment.matrix, segment.part, segment.box)
+            sources[segment.held] = (results + number, rows)
+        momentum: list[tuple[int, Rows | None, int, Rows | None, int]] = []
+        update: list[tuple[int, Rows | None, int, Rows | None, int]] = []
+        for (index, piece), found, source in zip(schedule.held, places, sources, strict=True):
+            tensor = self._exchange.plan.matrices[index].tensor
+            local = torch.empty_like(
+                self._bound[tensor].local(self._bound[tensor].storage), device="meta"
+            )
+            rows = rows_of(piece.view(local))
+            kind = self._kind(tensor, self._exchange.plan.matrices[index].block)
+            if len(found) > 1:  # several owners repeat the work
+                self.not_fused.append(self._bound[tensor].name)
+                return None
+            place, target = found[0] if found else (-1, rows)
+            momentum.append((tensor, rows, place, target, kind))
+            update.append((tensor, rows, *source, kind))
+        tables = [
+            _pieces([(*entry, 0) for entry in unpack]),
+            _pieces([(*entry, 0) for entry in pack]),
+            _pieces(momentum),
+            _pieces(update),
+        ]
+        if any(table is None for table in tables):
+            self.not_fused += sorted({self._bound[t].name for t, *_ in momentum})
+            return None
+        unpacked, packed, moved, updated = (table or [] for table in tables)
+        dtype = dtypes.pop() if dtypes else torch.float32
+        return BucketPasses(moved, unpacked, packed, updated, len(stacks), dtype, self._device)
+
+    def _is_fusable(self, tensor: int) -> bool:
+        """Whether a parameter's rule, dtypes and memory are what the kernels take."""
+        bound = self._bound[tensor]
+        group = self._groups[bound.group_index]
+        rule = type(MATRIX_RULES[group["update_rule"]])
+        local = bound.local(bound.storage)
+        return (
+            rule.before is Muon.before
+            and rule.after is Muon.after
+            and not rule.selects
+            and local.dtype in _DTYPES
+            and (local.dtype == torch.float32 or group["rounding"] == "nearest")
+            and local.is_contiguous()
+        )
+
+    def _kind(self, tensor: int, block: Block) -> int:
+        """Number of the row of factors that a piece takes."""
+        group_index = self._bound[tensor].group_index
+        scale = learning_rate_scale(self._groups[group_index]["adjust_lr_fn"], block.shape)
+        return self._kinds.setdefault((group_index, scale), len(self._kinds))
+
+    # Step -------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        gradients: Sequence[Tensor | None],
+        state: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        """Tell the kernels where this step's parameters are, and the present settings.
+
+        Args:
+            gradients: This rank's part of each bound parameter's gradient.
+            state: Of the optimizer.
+        """
+        addresses = []
+        dtypes: set[torch.dtype | None] = set()
+        for bound, gradient in zip(self._bound, gradients, strict=True):
+            found = 0
+            if gradient is not None and gradient.numel():
+                dtypes.add(gradient.dtype if gradient.is_contiguous() else None)
+                found = gradient.data_ptr()
+            momentum = bound.local(state[bound.storage]["momentum_buffer"])
+            addresses.append((found, momentum.data_ptr(), bound.local(bound.storage).data_ptr()))
+        usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES}
+        self._gradient_dtype = (dtypes or {torch.float32}).pop() if usable else None
+        self._is_aligned = all(address % 16 == 0 for row in addresses for address in row)
+        self._upload(self._parameters, addresses)
+        self._upload(self._factors, [self._factors_of(*kind) for kind in self._kinds] or [[0] * 7])
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What of this step is compiled into the kernels."""
+        return self._gradient_dtype, self._is_aligned
+
+    @property
+    def num_fused(self) -> int:
+        """Buckets that the kernels take."""
+        return sum(found is not None for found in self._buckets)
+
+    def _factors_of(self, group_index: int, scale: float) -> list[float]:
+        group = self._groups[group_index]
+        mu = float(group["momentum"])
+        decay, rate = decay_and_rate(group, scale)
+        return [
+            *(mu, 1 - mu, float(group["nesterov"])),
+            *(rate, decay, 1 - decay, float(group["cautious"])),
+        ]
+
+    def is_fused(self, bucket: int) -> bool:
+        """Whether the kernels take a bucket in this step."""
+        return self._buckets[bucket] is not None and self._gradient_dtype is not None
+
+    def momentum(self, bucket: int, batches: Sequence[Tensor]) -> None:
+        """Update the momenta; write the directions into the send buffer and the batches."""
+        tables = self._tables(bucket)
+        self._upload(tables.buffers[:_FIRST_BATCH], self._exchange.addresses(bucket))
+        if batches:
+            found = [batch.data_ptr() for batch in batches]
+            self._upload(tables.buffers[_FIRST_BATCH : _FIRST_BATCH + len(found)], found)
+        constants = {"GRADIENT": _triton_dtype(self._gradient_dtype)}
+        self._launch("momentum_kernel", tables, tables.momentum, constants)
+
+    def unpack(self, bucket: int) -> None:
+        """Write what has been received into the batches."""
+        tables = self._tables(bucket)
+        self._launch("copy_kernel", tables, tables.unpack, {})
+
+    def pack(self, bucket: int, results: Sequence[Tensor]) -> None:
+        """Write the results into the send buffer."""
+        tables = self._tables(bucket)
+        if results:
+            begin = _FIRST_BATCH + tables.num_batches
+            self._upload(tables.buffers[begin:], [result.data_ptr() for result in results])
+        self._launch("copy_kernel", tables, tables.pack, {})
+
+    def update(self, bucket: int) -> None:
+        """Weight decay and update, from the receive buffer and the results."""
+        tables = self._tables(bucket)
+        constants = {"WEIGHT": _triton_dtype(tables.weight_dtype)}
+        self._launch("update_kernel", tables, tables.update, constants)
+
+    def _tables(self, bucket: int) -> BucketPasses:
+        found = self._buckets[bucket]
+        assert found is not None
+        return found
+
+    def _launch(
+        self, name: str, tables: BucketPasses, table: Table | None, constants: dict[str, Any]
+    ) -> None:
+        if table is None:
+            return
+        kernel = _kernel(name)
+        arguments: list[Tensor] = [table.pieces]
+        if name != "copy_kernel":
+            arguments.append(table.kinds)
+        arguments += [table.chunk_piece, table.chunk_start]
+        if name != "copy_kernel":
+            arguments.append(self._parameters)
+        arguments.append(tables.buffers)
+        if name != "copy_kernel":
+            arguments.append(self._factors)
+        kernel[(table.num_chunks,)](
+            *arguments,
+            **constants,
+            WIRE=_triton_dtype(self._exchange.dtype),
+            FLAT=table.is_flat,
+            ALIGNED=table.is_aligned and self._is_aligned,
+            BLOCK=BLOCK,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+    # CUDA graphs ------------------------------------------------------------------------------
+
+    def postpone_uploads(self) -> Callable[[], None]:
+        """While a graph is captured: keep addresses on the host.
+
+        Returns:
+            What to call after the capture, to upload them.
+        """
+        later: list[tuple[Tensor, list[Any]]] = []
+        self._later = later
+
+        def finish() -> None:
+            self._later = None
+            for target, values in later:
+                self._upload(target, values)
+
+        return finish
+
+    def _upload(self, target: Tensor, values: Sequence[Any]) -> None:
+        if self._later is not None:
+            self._later.append((target, list(values)))
+            return
+        target.copy_(torch.tensor(values, dtype=target.dtype))
+
+
+def fusing_possible(device: torch.device) -> bool:
+    """Whether the kernels run on a device: a GPU with Triton, or Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type == "cuda":
+        return True
+    from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
+
+    return interpreting()
+
+
+def _run(segment: Any) -> Rows:
+    """A segment of a flat buffer."""
+    return Rows(segment.offset, 1, segment.box.numel, segment.box.numel)
+
+
+def _pieces(
+    entries: Sequence[tuple[int, Rows | None, int, Rows | None, int]],
+) -> list[Piece] | None:
+    """Pieces cut alike in both memories; None where one of them cannot be."""
+    found: list[Piece] = []
+    for one, at_one, other, at_other, kind in entries:
+        pair = None if at_one is None or at_other is None else matched(at_one, at_other)
+        if pair is None:
+            return None
+        if pair[0].numel:
+            found.append((one, pair[0], other, pair[1], kind))
+    return found
+
+
+def _kernel(name: str) -> Any:
+    from flashns_dist.optim.fused import kernels
+
+    return getattr(kernels, name)
+
+
+def _triton_dtype(dtype: torch.dtype | None) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
+        dtype or torch.float32
+    ]
