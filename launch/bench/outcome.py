@@ -1,7 +1,14 @@
-"""What a comparison of optimizers found: chosen learning rates, noise, table and plot."""
+"""What a comparison of optimizers found: chosen learning rates, noise, table and plot.
+
+    python -m launch.bench.outcome first.jsonl second.jsonl --out training-h200
+
+Joins runs of one task that were made by several calls, on machines of one kind.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,3 +174,23 @@ def conclude(runs: Sequence[Mapping[str, Any]], title: str, path: Path, extra: s
     path.with_suffix(".md").write_text(f"{title}\n\n{text}\n")
     plot(found, title, path.with_suffix(".png"))
     return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Join files and conclude."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True, help="path without suffix")
+    parser.add_argument("--extra", help="another value for the table, such as accuracy")
+    options = parser.parse_args(arguments)
+    lines = [line for file in options.files for line in file.read_text().splitlines()]
+    runs = [json.loads(line) for line in dict.fromkeys(lines)]
+    tasks = {f"{run['task']} on {run.get('device')}" for run in runs}
+    if len(tasks) != 1:
+        raise SystemExit(f"the files hold runs of {sorted(tasks)}; give those of one")
+    options.out.with_suffix(".jsonl").write_text("".join(f"{json.dumps(run)}\n" for run in runs))
+    print(conclude(runs, tasks.pop(), options.out, options.extra))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashns_dist.optim.rules import MATRIX_RULES
-from launch.bench import digits, training
+from launch.bench import digits, outcome, training
 from launch.bench.comparison import contestants
 from launch.bench.digits import Network
 from launch.bench.outcome import TUNING_SEED, best_lr, reach, results, table
@@ -80,6 +80,18 @@ def test_a_comparison_writes_its_runs_once(bench, tmp_path: Path, capsys):
     bench.main([*arguments, "--out", str(tmp_path / "c")])
     assert (tmp_path / "c.jsonl").read_text().splitlines() == lines
     assert "lr" in capsys.readouterr().out
+
+
+def test_files_of_one_task_are_joined(tmp_path: Path):
+    for name, runs in (("a", RUNS[:4]), ("b", RUNS[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(run)}\n" for run in runs))
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    outcome.main([*files, "--out", str(tmp_path / "c")])
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == len(RUNS)
+    assert table(results(RUNS)) in (tmp_path / "c.md").read_text()
+    (tmp_path / "b.jsonl").write_text(json.dumps({**RUNS[0], "task": "other"}))
+    with pytest.raises(SystemExit, match="of one"):
+        outcome.main([*files, "--out", str(tmp_path / "c")])
 
 
 def test_unknown_contestants_are_named(tmp_path: Path):
