@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ def agree_on_gradients(
     gradients: Sequence[Tensor | None],
     problem: str | None,
     found_inf: Tensor | None,
+    unaveraged: Collection[int] = (),
 ) -> Verdict:
     """Compare the gradients across ranks.
 
@@ -54,6 +55,7 @@ def agree_on_gradients(
         gradients: This rank's parts, None where it has no gradient.
         problem: An error that this rank has already found; then all ranks raise.
         found_inf: A GradScaler's flag, if there is one.
+        unaveraged: Indices of the parameters whose replicas may have different gradients.
 
     Raises:
         RuntimeError: Replicas disagree about a gradient, or another rank has a problem.
@@ -76,7 +78,14 @@ def agree_on_gradients(
         bad = agreed[_NONFINITE, :-1].bool().tolist()
         nonfinite += [b.name for b, is_bad in zip(chosen, bad, strict=True) if is_bad]
         try:
-            _check_replicas(chosen, [gradients[i] for i in indices], agreed, device)
+            compared = [column for column, i in enumerate(indices) if i not in unaveraged]
+            columns = [*compared, len(indices)]
+            _check_replicas(
+                [chosen[column] for column in compared],
+                [gradients[indices[column]] for column in compared],
+                agreed[:, columns],
+                device,
+            )
         except RuntimeError as found:
             error = error or found
         flags = agreed[:, -1].to(device)
@@ -134,9 +143,9 @@ def _check_replicas(
     device: torch.device,
 ) -> None:
     """Raise RuntimeError where replicas differ: nobody has averaged their gradients."""
-    group = bound[0].process_group
-    if group is None:
+    if not bound or bound[0].process_group is None:
         return
+    group = bound[0].process_group
     disputed = [i for i in range(len(bound)) if agreed[_HAS, i] and agreed[_LACKS, i]]
     if disputed:
         _check_replicas_have(bound, disputed, gradients, group, device)

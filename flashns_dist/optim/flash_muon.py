@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from flashns_dist.exchange import Exchange, check_same_setup
+from flashns_dist.exchange import Exchange, check_same_setup, reduce_sum_
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.binding import (
     BoundParameter,
@@ -254,7 +254,9 @@ class FlashMuon(Optimizer):
         gradients, problem = self._local_gradients()
         members = self._members()
         found_inf = getattr(self, "found_inf", None)
-        verdict = agree_on_gradients(self._bound, members, gradients, problem, found_inf)
+        verdict = agree_on_gradients(
+            self._bound, members, gradients, problem, found_inf, self._unaveraged()
+        )
         if self._must_skip(verdict):
             return loss
         self._unscale(gradients)
@@ -262,6 +264,14 @@ class FlashMuon(Optimizer):
             self._step_matrices(number, indices, verdict.active, gradients)
         self._step_auxiliary(verdict.active, gradients)
         return loss
+
+    def _unaveraged(self) -> list[int]:
+        """The parameters whose replicas have gradients and momenta of their own (Dion)."""
+        return [
+            index
+            for index, bound in enumerate(self._bound)
+            if self.param_groups[bound.group_index].get("compressed_gradients")
+        ]
 
     def _members(self) -> list[list[int]]:
         """Bound parameters by process group, smallest group first, the same on all ranks."""
@@ -306,7 +316,7 @@ class FlashMuon(Optimizer):
         for bound in self._bound:
             group = self.param_groups[bound.group_index]
             if is_matrix_rule(group):
-                MATRIX_RULES[group["update_rule"]].check_layout(bound)
+                MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
         for indices in self._members():
             entries = []
             for bound in (self._bound[i] for i in indices):
@@ -423,6 +433,20 @@ class FlashMuon(Optimizer):
             rule.step(weights, local_gradients, states, group, _Writer(bound, states, group))
 
     # Checkpoints ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def average_momenta(self) -> None:
+        """Make momenta that ``compressed_gradients`` lets differ between replicas their average.
+
+        To be called on every rank before saving a checkpoint, which holds one replica's state.
+        Training goes on as it would have. Collectives: one ``all_reduce`` per such parameter.
+        """
+        self._bind()
+        for index in self._unaveraged():
+            bound = self._bound[index]
+            momentum = bound.local(self.state[bound.storage]["momentum_buffer"])
+            reduce_sum_(momentum, bound.process_group)
+            momentum.div_(bound.layout.group_size)
 
     def state_dict(self) -> dict[str, Any]:
         """As every torch optimizer's; settings that are not plain values are left out."""

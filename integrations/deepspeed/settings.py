@@ -41,7 +41,9 @@ _ARGUMENTS = (
     "rounding",
     "nonfinite",
     "update_rule",
-    *sorted(RULE_SETTINGS - {"normuon", "rank_fraction"}),  # of rules that are refused
+    *sorted(
+        RULE_SETTINGS - {"compressed_gradients", "normuon", "rank_fraction"}
+    ),  # of rules that are refused
 )
 _EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
 

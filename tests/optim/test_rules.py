@@ -8,12 +8,16 @@ from math import ceil, sqrt
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim.binding import AUXILIARY
 from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.rules.dion import orthonormal
+from flashns_dist.testing.pool import RankPool
 
 KELLER = (3.4445, -4.775, 2.0315)
 SHAPES = ((20, 33), (40, 11), (32, 32), (6, 7))
@@ -268,6 +272,51 @@ def test_dion_takes_gradients_of_low_rank() -> None:
         before = param.detach().clone()
         optimizer.step()
     assert torch.linalg.matrix_rank((before - param.detach()).double(), rtol=0.05) == 6
+
+
+def dion_with_compressed_gradients() -> None:
+    """Replicas with gradients of their own train as one process on their mean."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone, replicas = parameters(), parameters()
+    settings = {"update_rule": "dion", "lr": LR, "momentum": MU}
+    reference = FlashMuon(alone, exchange=ExchangeOptions(replica_group=None), **settings)
+    optimizer = FlashMuon(replicas, compressed_gradients=True, **settings)
+    for step in range(6):
+        for index, (a, b) in enumerate(zip(alone, replicas, strict=True)):
+            shape = tuple(a.shape)
+            gradients = [gradient(index, size * step + r, shape) for r in range(size)]
+            a.grad, b.grad = sum(gradients) / size, gradients[rank]
+        reference.step()
+        optimizer.step()
+        if step == 3:
+            before = [optimizer.state[p]["momentum_buffer"].clone() for p in replicas]
+            optimizer.average_momenta()
+            for a, b, old in zip(alone, replicas, before, strict=True):
+                averaged = optimizer.state[b]["momentum_buffer"]
+                torch.testing.assert_close(averaged, reference.state[a]["momentum_buffer"])
+                assert not torch.allclose(averaged, old)
+    for a, b in zip(alone, replicas, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    with pytest.raises(RuntimeError, match="differs between ranks"):
+        FlashMuon(replicas, **settings).step()
+
+
+def test_dion_averages_its_products_instead_of_gradients(ranks: RankPool) -> None:
+    ranks.run(3, dion_with_compressed_gradients)
+
+
+def cut_with_compressed_gradients() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    value = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])
+    optimizer = FlashMuon(
+        [("w", nn.Parameter(value))], update_rule="dion", compressed_gradients=True
+    )
+    with pytest.raises(NotImplementedError, match="w: compressed_gradients=True averages"):
+        optimizer.step()
+
+
+def test_compressed_gradients_are_for_replicas(ranks: RankPool) -> None:
+    ranks.run(2, cut_with_compressed_gradients)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 40])

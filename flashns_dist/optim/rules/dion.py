@@ -32,18 +32,33 @@ class Dion(MatrixRule):
     twice, in float64) and updates its pieces. The sums' order depends on the sharding: results do
     not, up to rounding. ``right_factor`` (``Q``) is the same on every rank.
 
-    Settings: ``rank_fraction``, of the shorter side, and ``independent_decay`` as Muon's.
+    Settings: ``rank_fraction``, of the shorter side; ``independent_decay`` as Muon's; and
+    ``compressed_gradients``, for replicated parameters whose gradients nobody has averaged: each
+    replica keeps a momentum of its own, and the products are averaged instead of the gradients,
+    as in the paper. ``m`` enters linearly, so weights are as if gradients had been averaged.
+    Before a checkpoint, call ``FlashMuon.average_momenta``.
     """
 
     name = "dion"
     travels = False
-    settings: ClassVar[Mapping[str, Any]] = {"rank_fraction": 0.25, "independent_decay": False}
+    settings: ClassVar[Mapping[str, Any]] = {
+        "rank_fraction": 0.25,
+        "independent_decay": False,
+        "compressed_gradients": False,
+    }
 
     def check(self, group: Mapping[str, Any]) -> None:
         check_fraction("rank_fraction", group["rank_fraction"], one=True)
 
-    def check_layout(self, bound: BoundParameter) -> None:
+    def check_layout(self, bound: BoundParameter, group: Mapping[str, Any]) -> None:
         check_rectangles(bound)
+        size = bound.layout.group_size
+        if group["compressed_gradients"] and size > 1 and not bound.is_replicated:
+            raise NotImplementedError(
+                f"{bound.name}: compressed_gradients=True averages over replicas of whole "
+                f"matrices, but this one is cut over {size} ranks, whose gradients are averaged "
+                "already. Use it for replicated parameters, trained without DDP's averaging."
+            )
 
     def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:
         return {"right_factor": block.cols * rank_of(block.shape, group)}
@@ -143,10 +158,13 @@ class _Factors:
         found = {index: part.view(-1, rank) for index, part, rank in parts}
         for (index, piece), box, momentum in zip(self.held, self.boxes, self.momenta, strict=True):
             holders = self.run.matrix(index).layout.holders[piece.fragment.box]
-            if holders[0] == self.bound.group_rank:  # else another replica adds it
+            differ = self.group["compressed_gradients"]
+            if differ or holders[0] == self.bound.group_rank:  # else another replica adds it
                 inside = momentum.view(box.size)
                 _rows(found[index], box, dim).addmm_(
-                    inside if dim == 0 else inside.T, _rows(factors[index], box, 1 - dim)
+                    inside if dim == 0 else inside.T,
+                    _rows(factors[index], box, 1 - dim),
+                    alpha=1 / len(holders) if differ else 1,
                 )
         reduce_sum_(buffer, self.bound.process_group)
         return found

@@ -63,7 +63,7 @@ class Dion2(Muon):
                 'select="columns" with normuon=True would scale parts of rows; use "rows"'
             )
 
-    def check_layout(self, bound: BoundParameter) -> None:
+    def check_layout(self, bound: BoundParameter, group: Mapping[str, Any]) -> None:
         check_rectangles(bound)
 
     def block_states(self, group: Mapping[str, Any], block: Block) -> dict[str, int]:

@@ -70,7 +70,7 @@ class MatrixRule:
         """
         return {}
 
-    def check_layout(self, bound: BoundParameter) -> None:
+    def check_layout(self, bound: BoundParameter, group: Mapping[str, Any]) -> None:
         """Raise NotImplementedError, on every rank, for a layout that the rule cannot take."""
 
     def work_shape(self, shape: tuple[int, int], group: Mapping[str, Any]) -> tuple[int, int]:
