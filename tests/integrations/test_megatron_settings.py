@@ -286,3 +286,25 @@ def test_packed_experts_are_matrices_by_expert() -> None:
     assert packed_experts(False, 1) == [[(8, 12)] * 3, [(6, 8)] * 3]
     assert packed_experts(True, 1) == [[(8, 6)] * 6, [(6, 8)] * 3]
     assert packed_experts(True, 2) == [[(8, 12)] * 6, [(12, 8)] * 3]
+
+
+def test_grouped_experts_are_split_like_dense_layers() -> None:
+    """TEGroupedMLP stores one (out, in) weight per expert."""
+    from flashns_dist.integrations.megatron.matrices import describe
+
+    class Grouped(nn.Module):
+        config = types.SimpleNamespace(gated_linear_unit=True)
+
+    shapes = {}
+    for name in ("linear_fc1.weight3", "linear_fc2.weight0"):
+        described = describe(
+            f"decoder.layers.0.mlp.experts.{name}",
+            nn.Parameter(torch.zeros(12, 8)),
+            [Grouped()],
+            1,
+            is_matrix=True,
+            split_qkv=True,
+            split_gate_up=True,
+        )
+        shapes[name] = [block.shape for block in described.blocks]
+    assert shapes == {"linear_fc1.weight3": [(6, 8), (6, 8)], "linear_fc2.weight0": [(12, 8)]}
