@@ -40,6 +40,7 @@ class Sections:
     merged: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
         if not self.sizes or min(self.sizes) < 1 or self.repeats < 1 or self.dim not in (0, 1):
             raise ValueError(
                 f"{self}: needs positive sizes and repeats, and dim 0 (rows) or 1 (columns)"
@@ -92,7 +93,7 @@ class Equal:
 
     def __call__(self, shape: Shape) -> tuple[Block, ...]:
         """The blocks in storage order."""
-        length = _at_least_2d(shape)[-2:][self.dim]
+        length = _length(shape, self.dim)
         if self.count < 1 or length % self.count:
             raise ValueError(
                 f"{length} {_NOUNS[self.dim]} cannot be cut into {self.count} equal blocks; give a "
@@ -124,7 +125,7 @@ class QKV:
         """The blocks: queries, keys, values; per head in storage order."""
         heads = self.num_heads
         kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
-        length = _at_least_2d(shape)[-2:][self.dim]
+        length = _length(shape, self.dim)
         if self.order not in ("stacked", "grouped"):
             raise ValueError(f'order={self.order!r} is unknown; use "stacked" or "grouped"')
         if kv_heads < 1 or heads % kv_heads:
@@ -271,6 +272,13 @@ def _at_least_2d(shape: Shape) -> Shape:
     if len(shape) < 2:
         raise ValueError("a matrix needs at least two dims; leave it to AdamW")
     return shape
+
+
+def _length(shape: Shape, dim: int) -> int:
+    """Rows (0) or columns (1) of the matrices of a stack."""
+    if dim not in (0, 1):
+        raise ValueError(f"dim={dim} must be 0 (rows) or 1 (columns)")
+    return _at_least_2d(shape)[-2:][dim]
 
 
 def joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

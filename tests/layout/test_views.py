@@ -149,6 +149,7 @@ NO_FIT: list[tuple[MatrixView, tuple[int, ...], str]] = [
     (Sections((2, 1), repeats=3), (8, 6), "sections of 3 times (2, 1) rows add up to 9"),
     (QKV(4, 3), (16, 6), "num_heads=4 is not a multiple of num_kv_heads=3"),
     (QKV(4, 2), (15, 6), "15 rows are not 4 query heads and twice 2 key and value heads"),
+    (QKV(4, 2, dim=2), (16, 6), "dim=2 must be 0 (rows) or 1 (columns)"),
     (QKV(4, 2, order="mixed"), (16, 6), "order='mixed' is unknown"),
     (Flattened(4), (6, 3, 2), "6 output channels are not divisible by groups=4"),
     (Flattened(), (6,), "at least two dims; leave it to AdamW"),
@@ -206,7 +207,7 @@ def test_an_empty_parameter_has_no_matrices() -> None:
 
 def test_configurations_name_views() -> None:
     assert named_view({"QKV": {"num_heads": 8, "order": "grouped"}}) == QKV(8, order="grouped")
-    assert named_view({"Sections": {"sizes": [3, 2]}}) == Sections((3, 2))
+    assert named_view({"Sections": {"sizes": [3, 2]}}) == Sections((3, 2)) == Sections([3, 2])
     for wrong, message in (
         ("QKV", "'QKV' is no view"),
         ({"qkv": {}}, "write one of ['Equal'"),
