@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -49,14 +49,14 @@ class BoundParameter:
     local: Callable[[Tensor], Tensor]
     blocks: tuple[Block, ...]
 
-    @property
+    @cached_property
     def group_ranks(self) -> tuple[int, ...]:
         """Global ranks of the process group."""
         if self.process_group is None:
             return (0,)
         return tuple(dist.get_process_group_ranks(self.process_group))
 
-    @property
+    @cached_property
     def is_replicated(self) -> bool:
         """Whether every rank of the group stores all of it."""
         return self.layout.num_replicas == self.layout.group_size > 1

@@ -10,7 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from flashns_dist.exchange import Exchange, check_same_setup, reduce_sum_
+from flashns_dist.exchange import (
+    Exchange,
+    check_same_setup,
+    explain_on_every_rank,
+    reduce_sum_,
+)
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.binding import (
     BoundParameter,
@@ -18,6 +23,7 @@ from flashns_dist.optim.binding import (
     check_view_names,
     parameter_blocks,
 )
+from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
 from flashns_dist.optim.rounding import element_noise, rounding_seed, stochastic_round_
 from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES
@@ -37,7 +43,13 @@ from flashns_dist.optim.step import ExchangeOptions, MatrixStep, matrices_of, pl
 from flashns_dist.orthogonalize import Coefficients
 from flashns_dist.plan import Matrix, Plan
 
-_KEPT = ("nonfinite", "exchange_options", "_aux_defaults", "_settings")  # in pickles and copies
+_KEPT = (
+    "nonfinite",
+    "exchange_options",
+    "cuda_graph",
+    "_aux_defaults",
+    "_settings",
+)  # in pickles and copies
 
 
 class FlashMuon(Optimizer):
@@ -77,6 +89,10 @@ class FlashMuon(Optimizer):
         nonfinite: What to do with a NaN or infinity in a gradient: ``"raise"`` on every rank, or
             ``"skip"`` the step on every rank. Weights and state are untouched either way.
         exchange: How matrices travel.
+        cuda_graph: Replay the matrices' part of a step from a CUDA graph, from its second time on:
+            for models whose step is over before the host has launched it. Learning rates and the
+            like stay live; batches keep their memory (``release_graphs`` frees it). The first step
+            says why where it cannot be.
         update_rule: Of the groups that name none: see ``docs/optimizers.md``.
         settings: Settings that only some update rules have (``flashns_dist.optim.rules``), for the
             groups whose rule has them.
@@ -109,6 +125,7 @@ class FlashMuon(Optimizer):
         rounding: Literal["nearest", "stochastic"] = "nearest",
         nonfinite: Literal["raise", "skip"] = "raise",
         exchange: ExchangeOptions | None = None,
+        cuda_graph: bool = False,
         update_rule: str = "muon",
         **settings: Any,
     ) -> None:
@@ -116,10 +133,11 @@ class FlashMuon(Optimizer):
             raise ValueError(f'nonfinite={nonfinite!r} is unknown; use "raise" or "skip"')
         self.nonfinite = nonfinite
         self.exchange_options = exchange or ExchangeOptions()
+        self.cuda_graph = bool(cuda_graph)
         self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
-        self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep] = {}
+        self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
         self._adapter: Callable[[], list[BoundParameter]] | None = None
         defaults = {
@@ -265,13 +283,13 @@ class FlashMuon(Optimizer):
         self._step_auxiliary(verdict.active, gradients)
         return loss
 
-    def _unaveraged(self) -> list[int]:
+    def _unaveraged(self) -> set[int]:
         """The parameters whose replicas have gradients and momenta of their own (Dion)."""
-        return [
+        return {
             index
             for index, bound in enumerate(self._bound)
             if self.param_groups[bound.group_index].get("compressed_gradients")
-        ]
+        }
 
     def _members(self) -> list[list[int]]:
         """Bound parameters by process group, smallest group first, the same on all ranks."""
@@ -392,16 +410,30 @@ class FlashMuon(Optimizer):
         self._count_steps([self._bound[i] for i in chosen if active[i]])
         self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in chosen])
 
-    def _matrix_step(self, bound: list[BoundParameter], flags: tuple[bool, ...]) -> MatrixStep:
+    def _matrix_step(
+        self, bound: list[BoundParameter], flags: tuple[bool, ...]
+    ) -> MatrixStep | GraphedStep:
         (plan, resident), first = self._plan(bound, flags), bound[0]
+        device = first.local(first.storage).device
         exchange = Exchange(
             plan,
             first.process_group,
             first.group_rank,
-            first.local(first.storage).device,
+            device,
             self.exchange_options.wire_dtype,
         )
-        return MatrixStep(bound, plan, exchange, resident, self.param_groups)
+        step = MatrixStep(bound, plan, exchange, resident, self.param_groups)
+        if not self.cuda_graph:
+            return step
+        problems = explain_on_every_rank(capture_problem(step, device), first.process_group)
+        if problems:
+            rank, text = problems[0]
+            raise ValueError(f"cuda_graph=True cannot be: on rank {rank}, {text}")
+        return GraphedStep(step)
+
+    def release_graphs(self) -> None:
+        """Free the CUDA graphs and their memory; the next steps capture anew."""
+        self._steps = {}
 
     def _count_steps(self, bound: Iterable[BoundParameter]) -> None:
         for storage in {id(b.storage): b.storage for b in bound}.values():
@@ -442,7 +474,7 @@ class FlashMuon(Optimizer):
         Training goes on as it would have. Collectives: one ``all_reduce`` per such parameter.
         """
         self._bind()
-        for index in self._unaveraged():
+        for index in sorted(self._unaveraged()):
             bound = self._bound[index]
             momentum = bound.local(self.state[bound.storage]["momentum_buffer"])
             reduce_sum_(momentum, bound.process_group)

@@ -118,10 +118,18 @@ class MatrixStep:
         self._plan = plan
         self.exchange = exchange
         self._resident = resident
+        present = {bound[matrix.tensor].group_index for matrix in plan.matrices}
+        self._groups = [groups[index] for index in sorted(present)]
         self._starts = _block_starts(bound, (*plan.matrices, *resident), groups)
         batches = [owned_batches(exchange, bucket) for bucket in range(len(plan.buckets))]
         self.fused = FusedPasses(bound, exchange, groups, batches)
         self._kept: dict[Any, Any] = {}
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every run does the same, whatever the values."""
+        rules = {MATRIX_RULES[group["update_rule"]] for group in self._groups}
+        return not self._resident and not any(rule.selects for rule in rules)
 
     def run(
         self,

@@ -366,8 +366,10 @@ def fusing_possible(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return True
-    from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
+    from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting, repair
 
+    if interpreting():
+        repair()
     return interpreting()
 
 

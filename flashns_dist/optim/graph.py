@@ -1,0 +1,70 @@
+"""A step replayed from a CUDA graph: no host time for launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.optim.step import MatrixStep
+
+
+class GraphedStep:
+    """Runs a ``MatrixStep`` eagerly once, then captures it, then replays it.
+
+    Where gradients, momenta and weights are, and learning rates, weight decays and momenta are read
+    from memory that every replay refreshes: they may change. The graph keeps its batches' memory
+    until the object goes.
+
+    Args:
+        step: With ``capture_problem`` None.
+    """
+
+    def __init__(self, step: MatrixStep) -> None:
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._signature: tuple[object, ...] = ()
+        self._is_warm = False
+
+    @property
+    def step(self) -> MatrixStep:
+        return self._step
+
+    def run(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """See ``MatrixStep.run``."""
+        fused = self._step.fused
+        if not self._is_warm:  # loads kernels, connects ranks, measures
+            self._step.run(groups, state, gradients)
+            self._is_warm = True
+            return
+        fused.begin(gradients, state)
+        if self._graph is None or fused.signature != self._signature:
+            self._signature = fused.signature
+            self._graph = torch.cuda.CUDAGraph()
+            upload = fused.postpone_uploads()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._step.run(groups, state, gradients)
+            upload()
+        self._graph.replay()
+
+
+def capture_problem(step: MatrixStep, device: torch.device) -> str | None:
+    """Why a step cannot be captured, or None."""
+    if device.type != "cuda":
+        return f"its parameters are on {device}, not on a GPU"
+    if not step.is_static:
+        return "an update rule selects or reduces within the step (dion, dion2)"
+    if step.fused.not_fused:
+        names = ", ".join(step.fused.not_fused[:3])
+        return f"the fused kernels do not take {names} (update rule, dtype, rounding or memory)"
+    return None
+
+
+__all__ = ["GraphedStep", "capture_problem"]

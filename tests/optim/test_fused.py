@@ -1,0 +1,123 @@
+"""The fused passes against the separate operations: every bit of weights and momenta.
+
+In Triton's interpreter on the CPU, in ranks of their own; compiled where GPUs are present.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flashns_dist import FlashMuon
+from flashns_dist.optim.fused import passes
+from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.testing.pool import RankPool
+from tests.optim.test_invariance import SCENARIOS, compare_flat_shards, compare_scenarios
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROWS = ["rows", "empty shards", "many buckets", "gradients missing", "bf16 parameters"]
+OTHERS = ["columns", "experts", "replicated", "fp32 wire", "cautious, plain momentum"]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[RankPool]:
+    """Ranks whose Triton kernels run in the interpreter where there is no GPU."""
+    if torch.cuda.is_available():
+        pool = RankPool(4)
+        yield pool
+        pool.close()
+        return
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    pool = RankPool(4)
+    pool._start()
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    yield pool
+    pool.close()
+
+
+def count_and_fuse_only_sharded() -> Counter[str]:
+    """Optimizers of one process (the references) run unfused; launches are counted."""
+    launched: Counter[str] = Counter()
+    possible, kernel, step = passes.fusing_possible, passes._kernel, FlashMuon.step
+    if getattr(step, "is_patched", False):
+        passes.launched.clear()  # type: ignore[attr-defined]
+        return passes.launched  # type: ignore[attr-defined,no-any-return]
+    is_reference = [False]
+
+    def patched_step(self: FlashMuon, closure: object = None) -> object:
+        is_reference[0] = self.exchange_options.replica_group is None
+        return step(self, closure)  # type: ignore[arg-type]
+
+    def counted(name: str) -> object:
+        launched[name] += 1
+        return kernel(name)
+
+    patched_step.is_patched = True  # type: ignore[attr-defined]
+    FlashMuon.step = patched_step  # type: ignore[method-assign,assignment]
+    passes._kernel = counted
+    passes.fusing_possible = lambda device: not is_reference[0] and possible(device)
+    passes.launched = launched  # type: ignore[attr-defined]
+    return launched
+
+
+def compare(names: list[str], settings: dict[str, object]) -> dict[str, int]:
+    launched = count_and_fuse_only_sharded()
+    compare_scenarios(settings, names)
+    return dict(launched)
+
+
+def compare_flat(seed: int) -> dict[str, int]:
+    launched = count_and_fuse_only_sharded()
+    compare_flat_shards(seed, {})
+    return dict(launched)
+
+
+@pytest.mark.parametrize("names", [ROWS, OTHERS], ids=["rows", "others"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_fused_passes_round_as_separate_operations(
+    interpreted: RankPool, names: list[str], size: int
+) -> None:
+    chosen = [name for name in names if size in SCENARIOS[name][1]]
+    for launched in interpreted.run(size, compare, chosen, {}):
+        for kernel in ("momentum_kernel", "copy_kernel", "update_kernel"):
+            assert launched[kernel] >= len(chosen)
+
+
+def test_fused_passes_on_pieces_of_flat_buffers(interpreted: RankPool) -> None:
+    assert any(launched.get("update_kernel") for launched in interpreted.run(3, compare_flat, 0))
+
+
+def test_rows_of_views() -> None:
+    base = torch.empty(6, 10, 8)
+    assert rows_of(base) == Rows(0, 1, 480, 480)
+    assert rows_of(base[2, 3:5]) == Rows(184, 1, 16, 16)
+    assert rows_of(base[2, 3:5, 1:4]) == Rows(185, 2, 3, 8)
+    assert rows_of(base[1:3, 2:4]) == Rows(96, 2, 16, 80)
+    assert rows_of(base[1:3, 2:4, 1:3]) is None
+    assert rows_of(base[0].T) is None
+    assert rows_of(base[:, :1, :1]) is None
+    assert rows_of(base[0, 0, 3:4]) == Rows(3, 1, 1, 1)
+    for view in (base, base[2, 3:5], base[2, 3:5, 1:4], base[1:3, 2:4]):
+        rows = rows_of(view)
+        assert rows is not None
+        flat = torch.arange(base.numel()).as_strided(
+            (rows.rows, rows.cols), (rows.stride, 1), rows.offset
+        )
+        whole = torch.arange(base.numel()).view(base.shape)
+        expected = whole.as_strided(view.shape, view.stride(), int(view.storage_offset()))
+        assert torch.equal(flat.flatten(), expected.flatten())
+
+
+def test_matched_rows() -> None:
+    run, rows = Rows(5, 1, 12, 12), Rows(7, 3, 4, 9)
+    assert matched(run, rows) == (Rows(5, 3, 4, 4), rows)
+    assert matched(rows, run) == (rows, Rows(5, 3, 4, 4))
+    assert matched(rows, rows) == (rows, rows)
+    assert matched(rows, Rows(0, 2, 6, 8)) is None
