@@ -78,14 +78,7 @@ def agree_on_gradients(
         bad = agreed[_NONFINITE, :-1].bool().tolist()
         nonfinite += [b.name for b, is_bad in zip(chosen, bad, strict=True) if is_bad]
         try:
-            compared = [column for column, i in enumerate(indices) if i not in unaveraged]
-            columns = [*compared, len(indices)]
-            _check_replicas(
-                [chosen[column] for column in compared],
-                [gradients[indices[column]] for column in compared],
-                agreed[:, columns],
-                device,
-            )
+            _check_replicas(*_compared(indices, chosen, gradients, agreed, unaveraged), device)
         except RuntimeError as found:
             error = error or found
         flags = agreed[:, -1].to(device)
@@ -100,6 +93,22 @@ def agree_on_gradients(
     if flags[_ERROR]:
         _raise(error, largest if spans_world or len(members) == 1 else None)
     return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
+
+
+def _compared(
+    indices: Sequence[int],
+    bound: Sequence[BoundParameter],
+    gradients: Sequence[Tensor | None],
+    agreed: Tensor,
+    unaveraged: Collection[int],
+) -> tuple[Sequence[BoundParameter], list[Tensor | None], Tensor]:
+    """What ``_check_replicas`` takes, without the parameters whose replicas may differ."""
+    if not unaveraged:
+        return bound, [gradients[i] for i in indices], agreed
+    kept = [column for column, index in enumerate(indices) if index not in unaveraged]
+    columns = [*kept, len(indices)]
+    chosen = [gradients[indices[column]] for column in kept]
+    return [bound[column] for column in kept], chosen, agreed[:, columns]
 
 
 def _summary(

@@ -22,6 +22,7 @@ _DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+_OF_REFUSED_RULES = {"compressed_gradients", "normuon", "rank_fraction"}
 _ARGUMENTS = (
     "lr",
     "weight_decay",
@@ -41,9 +42,7 @@ _ARGUMENTS = (
     "rounding",
     "nonfinite",
     "update_rule",
-    *sorted(
-        RULE_SETTINGS - {"compressed_gradients", "normuon", "rank_fraction"}
-    ),  # of rules that are refused
+    *sorted(RULE_SETTINGS - _OF_REFUSED_RULES),
 )
 _EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
 
