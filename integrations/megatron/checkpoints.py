@@ -103,7 +103,7 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def step_with_ready_grads(self) -> bool:
         """As Megatron's, counted: a rank may have no state that counts."""
-        self._flashmuon_steps = self._num_steps() + 1
+        self._flashmuon_steps = getattr(self, "_flashmuon_steps", 0) + 1
         return bool(super().step_with_ready_grads())
 
     def _num_steps(self) -> int:

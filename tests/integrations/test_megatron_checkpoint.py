@@ -33,6 +33,11 @@ RESUMED = {
     "more data ranks": (FULL, (2, PLAIN), (4, PLAIN)),
     "tensor parallel": (FULL, (2, PLAIN), (2, replace(PLAIN, tp=2))),
     "tensor to pipeline": (FULL, (4, replace(PLAIN, tp=2)), (2, replace(PLAIN, pp=2))),
+    "virtual pipeline to data": (
+        FULL,
+        (2, replace(PLAIN, pp=2, virtual=2, layers=4)),
+        (2, replace(PLAIN, layers=4)),
+    ),
     "by data rank": (BY_DATA, (2, PLAIN), (4, PLAIN)),
     "experts by data rank": (BY_DATA, (4, replace(EXPERTS, ep=2)), (2, replace(EXPERTS, ep=2))),
     "experts": (FULL, (2, replace(EXPERTS, ep=2)), (4, replace(EXPERTS, ep=4))),
