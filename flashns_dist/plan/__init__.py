@@ -3,5 +3,16 @@
 from flashns_dist.plan.cost import CostModel
 from flashns_dist.plan.plan import Matrix, Plan, Prediction
 from flashns_dist.plan.planner import DEFAULT_BUCKET_BYTES, make_plan
+from flashns_dist.plan.timeline import Stages, plan_stages, step_seconds
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "CostModel", "Matrix", "Plan", "Prediction", "make_plan"]
+__all__ = [
+    "DEFAULT_BUCKET_BYTES",
+    "CostModel",
+    "Matrix",
+    "Plan",
+    "Prediction",
+    "Stages",
+    "make_plan",
+    "plan_stages",
+    "step_seconds",
+]

@@ -50,10 +50,12 @@ class Buckets:
         ]
         self._cap = max(cap, max(alone, default=0))
 
-    def cut(self, at_least: int) -> tuple[tuple[int, ...], ...]:
-        """Buckets that keep to the cap; at least so many where there are enough matrices."""
+    def cut(self, at_least: int) -> list[tuple[tuple[int, ...], Traffic]]:
+        """Buckets that keep to the cap, and their traffic; at least so many where there are enough
+        matrices.
+        """
         if not self.matrices:
-            return ()
+            return []
         number = max(at_least, ceil(self.total.largest / self._cap), 1)
         while True:
             number = min(number, self.most_owned)
@@ -61,14 +63,15 @@ class Buckets:
             traffic = [self._traffic(bucket) for bucket in buckets]
             excess = max(t.largest for t in traffic) / self._cap
             if excess <= 1:
-                return tuple(tuple(sorted(bucket)) for bucket in buckets)
+                return [(tuple(sorted(b)), t) for b, t in zip(buckets, traffic, strict=True)]
             if number == self.most_owned:
                 break
             number += max(1, int(number * min(excess - 1, 0.25)))
-        kept = []
+        kept: list[tuple[tuple[int, ...], Traffic]] = []
         for bucket, t in zip(buckets, traffic, strict=True):
-            kept += [bucket] if t.largest <= self._cap else self._split(bucket)
-        return tuple(tuple(sorted(bucket)) for bucket in kept)
+            parts = [bucket] if t.largest <= self._cap else self._split(bucket)
+            kept += [(tuple(sorted(p)), t if p is bucket else self._traffic(p)) for p in parts]
+        return kept
 
     def _evenly(self, number: int) -> list[list[int]]:
         """Cut each owner's matrices at equal fractions of its time."""

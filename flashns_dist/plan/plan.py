@@ -55,7 +55,7 @@ class Prediction:
     Attributes:
         compute_seconds: Orthogonalization per group rank.
         sent_bytes: Bytes each group rank sends to others, both ways together.
-        step_seconds: Of the exchange and the orthogonalization, overlapped.
+        step_seconds: Of the whole step, overlapped as in ``timeline.py``.
     """
 
     compute_seconds: tuple[float, ...]

@@ -10,6 +10,7 @@ from flashns_dist.plan.buckets import Buckets
 from flashns_dist.plan.cost import CostModel
 from flashns_dist.plan.owners import assign_owners
 from flashns_dist.plan.plan import Matrix, Plan, Prediction
+from flashns_dist.plan.timeline import bucket_stages, step_seconds
 
 Replicas = Literal["auto", "share", "repeat"]
 DEFAULT_BUCKET_BYTES = 64 * 2**20
@@ -54,7 +55,10 @@ def make_plan(
                 f"has {group_size}"
             )
     cost = cost or CostModel()
-    seconds = [cost.orthogonalize_seconds(*matrix.work_shape) for matrix in matrices]
+    by_shape = {
+        shape: cost.orthogonalize_seconds(*shape) for shape in {m.work_shape for m in matrices}
+    }
+    seconds = [by_shape[matrix.work_shape] for matrix in matrices]
     move = [2 * cost.wire_seconds(matrix.numel * wire_itemsize) for matrix in matrices]
     plans = []
     for share in _share_candidates(matrices, replicas):
@@ -77,8 +81,11 @@ def _finish(work: Buckets, cost: CostModel, wire_itemsize: int) -> Plan:
     sent = [elements * wire_itemsize for elements in work.total.sent]
     wire = cost.wire_seconds(max(sent, default=0))
     latency = 2 * cost.exchange_seconds if wire else 0.0
-    buckets = work.cut(round(sqrt(wire / latency)) if latency else 1)
-    busiest = max(work.busy, default=0.0)
-    step = max(busiest, wire) + wire / len(buckets) + len(buckets) * latency if buckets else 0.0
-    prediction = Prediction(tuple(work.busy), tuple(sent), step)
+    cut = work.cut(round(sqrt(wire / latency)) if latency else 1)
+    stages = [
+        bucket_stages(work.matrices, work.owners, bucket, traffic, cost, wire_itemsize)
+        for bucket, traffic in cut
+    ]
+    prediction = Prediction(tuple(work.busy), tuple(sent), step_seconds(stages, cost))
+    buckets = tuple(bucket for bucket, _ in cut)
     return Plan(work.group_size, tuple(work.matrices), tuple(work.owners), buckets, prediction)

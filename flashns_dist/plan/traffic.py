@@ -22,6 +22,7 @@ class Traffic:
         gather_sends, gather_receives: Fragments to owners.
         scatter_sends, scatter_receives: Results to holders.
         owned: Elements of the matrices that a rank orthogonalizes.
+        stored: Elements of them that a rank stores; of such a selection, its even part.
     """
 
     def __init__(self, group_size: int) -> None:
@@ -30,6 +31,7 @@ class Traffic:
         self.scatter_sends = [0] * group_size
         self.scatter_receives = [0] * group_size
         self.owned = [0] * group_size
+        self.stored = [0] * group_size
 
     @property
     def largest(self) -> int:
@@ -86,6 +88,9 @@ class Traffic:
         self, layout: Layout, block: Block, owners: Sequence[Sequence[int]], members: Sequence[int]
     ) -> None:
         stored = _stored(layout, block)
+        for holders, elements in stored:
+            for holder in holders:
+                self.stored[holder] += len(members) * elements
         by_copies: Counter[int] = Counter()
         for holders, elements in stored:
             by_copies[len(holders)] += elements

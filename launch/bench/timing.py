@@ -35,7 +35,8 @@ class Timing:
     repeats: int
 
 
-def _summary(seconds: list[float]) -> Timing:
+def summarize(seconds: list[float]) -> Timing:
+    """Median, tenth and ninetieth percentile."""
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return Timing(
@@ -85,7 +86,7 @@ def eager(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 10
         for _ in range(count):
             call()
 
-    return _summary(_timed(several, count, repeats))
+    return summarize(_timed(several, count, repeats))
 
 
 def graphed(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 10) -> Timing:
@@ -102,7 +103,7 @@ def graphed(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return _summary(_timed(graph.replay, count, repeats))
+    return summarize(_timed(graph.replay, count, repeats))
 
 
 def host(call: Callable[[], object], *, count: int = 200) -> float:

@@ -1,0 +1,120 @@
+"""How long a step takes: stages of buckets on two streams, and the host that launches them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashns_dist.plan.cost import CostModel
+from flashns_dist.plan.plan import Matrix, Plan
+from flashns_dist.plan.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds of one bucket, of the slowest rank in each stage.
+
+    Attributes:
+        before: Momentum and packing of the stored pieces.
+        gather: Pieces to owners.
+        owner: Unpacking, orthogonalization, packing.
+        scatter: Results to holders.
+        after: Update of the stored pieces.
+        host: To launch all of that.
+    """
+
+    before: float
+    gather: float
+    owner: float
+    scatter: float
+    after: float
+    host: float
+
+
+def bucket_stages(
+    matrices: Sequence[Matrix],
+    owners: Sequence[tuple[int, ...]],
+    bucket: Sequence[int],
+    traffic: Traffic,
+    cost: CostModel,
+    wire_itemsize: int,
+) -> Stages:
+    """What the cost model says of one bucket.
+
+    Args:
+        matrices: In parameter order.
+        owners: Of each matrix.
+        bucket: Indices of its matrices.
+        traffic: What the bucket makes ranks send, receive, store and own.
+        cost: Cost model.
+        wire_itemsize: Bytes per element that travels.
+    """
+    batches: dict[int, Counter[tuple[tuple[int, int], str]]] = {}
+    for index in bucket:
+        matrix = matrices[index]
+        for rank in owners[index]:
+            batches.setdefault(rank, Counter())[matrix.work_shape, matrix.kind] += 1
+    known: dict[tuple[tuple[int, int], int], float] = {}
+    busiest, most_batches = 0.0, 0
+    for rank, counts in batches.items():
+        seconds = cost.memory_seconds(cost.copy_bytes * traffic.owned[rank])
+        for (shape, _), count in counts.items():
+            key = (shape, count)
+            if key not in known:
+                known[key] = cost.orthogonalize_batch_seconds(*shape, count)
+            seconds += known[key]
+        busiest, most_batches = max(busiest, seconds), max(most_batches, len(counts))
+    stored = max(traffic.stored, default=0)
+    gather = max(*traffic.gather_sends, *traffic.gather_receives)
+    scatter = max(*traffic.scatter_sends, *traffic.scatter_receives)
+    return Stages(
+        cost.memory_seconds(cost.before_bytes * stored),
+        _travel(gather * wire_itemsize, cost),
+        busiest,
+        _travel(scatter * wire_itemsize, cost),
+        cost.memory_seconds(cost.after_bytes * stored),
+        cost.bucket_seconds + cost.batch_seconds * most_batches,
+    )
+
+
+def _travel(num_bytes: int, cost: CostModel) -> float:
+    return cost.exchange_seconds + cost.wire_seconds(num_bytes) if num_bytes else 0.0
+
+
+def step_seconds(stages: Sequence[Stages], cost: CostModel) -> float:
+    """Seconds of a step: the order of ``MatrixStep``, with one stream that computes and one wire.
+
+    Bucket k + 1 is gathered and bucket k - 1 scattered while bucket k is on its owners. The host
+    runs ahead of the device, or else is what a step waits for.
+    """
+    if not stages:
+        return 0.0
+    computing = wire = 0.0
+    gathered: list[float] = []
+    scattered: list[float] = []
+    for number in range(len(stages) + 1):
+        if number < len(stages):
+            computing += stages[number].before
+            wire = max(computing, wire) + stages[number].gather
+            gathered.append(wire)
+        if number > 0:
+            computing = max(computing, gathered[number - 1]) + stages[number - 1].owner
+            wire = max(computing, wire) + stages[number - 1].scatter
+            scattered.append(wire)
+        if number > 1:
+            computing = max(computing, scattered[number - 2]) + stages[number - 2].after
+    computing = max(computing, scattered[-1]) + stages[-1].after
+    return cost.step_seconds + max(computing, sum(stage.host for stage in stages))
+
+
+def plan_stages(plan: Plan, cost: CostModel, wire_itemsize: int = 2) -> list[Stages]:
+    """What another cost model than the plan's own says of its buckets."""
+    found = []
+    for bucket in plan.buckets:
+        traffic = Traffic(plan.group_size)
+        traffic.add(plan.matrices, plan.owners, bucket)
+        found.append(
+            bucket_stages(plan.matrices, plan.owners, bucket, traffic, cost, wire_itemsize)
+        )
+    return found
