@@ -265,6 +265,84 @@ def test_groups_of_mixed_precision_and_ranks_with_nothing(ranks: RankPool, world
     assert (min(held) == 0) == (world_size == 4)
 
 
+# Packed experts -------------------------------------------------------------------------------
+
+
+def compare_packed_experts(tp: int) -> None:
+    """0.16's ``GroupedMLP`` layout: gate and up projection of every expert by themselves."""
+    from flashns_dist.integrations.megatron.settings import Transposed
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    from tests.integrations.megatron_training import make_config
+
+    experts, hidden, width = 3, 8, 12
+    case = Case(tp=tp, clip=0.0, gated=True, settings={"wire_dtype": "bf16"})
+    first = [random_like(f"first {e}", (hidden, 2 * width)) for e in range(experts)]
+    second = [random_like(f"second {e}", (width, hidden)) for e in range(experts)]
+
+    def pack(first: list[Tensor], second: list[Tensor], rank: int) -> tuple[Tensor, Tensor]:
+        """This rank's ``weight1`` (columns of gate and up) and ``weight2`` (rows)."""
+        halves = [[half.chunk(tp, 1)[rank] for half in w.chunk(2, 1)] for w in first]
+        packed = torch.stack([torch.cat(pair, 1) for pair in halves])
+        rows = torch.stack([w.chunk(tp, 0)[rank] for w in second])
+        return packed.view(hidden, -1), rows.view(-1, hidden)
+
+    with megatron_ready(case):
+        config = make_config(case)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+
+        class GroupedMLP(MegatronModule):
+            num_local_experts = experts
+
+            def __init__(self) -> None:
+                super().__init__(config)
+                one, two = pack(first, second, rank)
+                self.weight1, self.weight2 = nn.Parameter(one), nn.Parameter(two)
+                for param, dim in ((self.weight1, 1), (self.weight2, 0)):
+                    param.tensor_model_parallel, param.partition_dim = True, dim
+                    param.partition_stride = 1
+
+        model = GroupedMLP()
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        )
+        optimizer = make_optimizer(case, [DistributedDataParallel(config, ddp, model)])
+        alone = [nn.Parameter(half.clone()) for w in first for half in w.chunk(2, 1)]
+        alone += [nn.Parameter(w.clone()) for w in second]
+        reference = FlashMuon(
+            alone,
+            lr=0.02,
+            weight_decay=0.1,
+            momentum=0.9,
+            nesterov=False,
+            adjust_lr_fn=Transposed("original"),  # they are stored as (in, out)
+            exchange=ExchangeOptions(replica_group=None),
+        )
+        for step in range(3):
+            grad1 = [random_like(f"first {e}", (hidden, 2 * width), step + 1) for e in range(3)]
+            grad2 = [random_like(f"second {e}", (width, hidden), step + 1) for e in range(3)]
+            one, two = pack(grad1, grad2, rank)
+            model.weight1.main_grad.copy_(one)
+            model.weight2.main_grad.copy_(two)
+            gradients = [half for g in grad1 for half in g.chunk(2, 1)] + grad2
+            for param, gradient in zip(alone, gradients, strict=True):
+                param.grad = gradient.clone()
+            optimizer.step()
+            reference.step()
+        halves = [p.detach() for p in alone]
+        joined = [torch.cat(halves[2 * e : 2 * e + 2], 1) for e in range(experts)]
+        one, two = pack(joined, halves[2 * experts :], rank)
+        assert torch.equal(model.weight1.detach(), one)
+        assert torch.equal(model.weight2.detach(), two)
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(2, 1), (4, 2)])
+def test_packed_experts_equal_separate_ones(ranks: RankPool, world_size: int, tp: int) -> None:
+    ranks.run(world_size, compare_packed_experts, tp)
+
+
 # Non-finite gradients -------------------------------------------------------------------------
 
 

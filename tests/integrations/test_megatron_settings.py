@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,3 +310,51 @@ def test_grouped_experts_are_split_like_dense_layers() -> None:
         )
         shapes[name] = [block.shape for block in described.blocks]
     assert shapes == {"linear_fc1.weight3": [(6, 8), (6, 8)], "linear_fc2.weight0": [(12, 8)]}
+
+
+def test_a_gated_attention_has_four_matrices() -> None:
+    """By query group: queries, their gates, key, value."""
+    from flashns_dist.integrations.megatron.matrices import describe
+
+    class Attention(nn.Module):
+        config = types.SimpleNamespace(
+            num_query_groups=2, num_attention_heads=4, kv_channels=3, attention_output_gate=True
+        )
+
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+
+    def shapes(rows: int) -> list[tuple[int, int]]:
+        param = nn.Parameter(torch.zeros(rows, 8))
+        owners = [nn.Linear(1, 1), Attention()]
+        described = describe(
+            name, param, owners, 1, is_matrix=True, split_qkv=True, split_gate_up=True
+        )
+        return [block.shape for block in described.blocks]
+
+    assert shapes(36) == [(12, 8), (12, 8), (6, 8), (6, 8)]
+    with pytest.raises(ValueError, match=f"{name}: 35 rows are not those of 4 attention heads"):
+        shapes(35)
+
+
+SCRIPT = """
+import sys
+from megatron.core.optimizer import get_megatron_optimizer
+import neighbour
+print(get_megatron_optimizer.__code__.co_filename, sys.argv[1:], __name__)
+"""
+
+
+def test_the_launcher_runs_a_script_as_python_does(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.py").write_text(SCRIPT)
+    (tmp_path / "neighbour.py").write_text("")
+    command = [sys.executable, "-W", "ignore", "-m", "flashns_dist.integrations.megatron"]
+    script = str(tmp_path / "pretrain.py")
+    done = subprocess.run(
+        [*command, script, "--optimizer", "flashmuon"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert "hooks.py ['--optimizer', 'flashmuon'] __main__" in last
+    missing = subprocess.run([*command, "nowhere.py"], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert "nowhere.py: no such script" in missing.stderr
