@@ -247,7 +247,7 @@ def test_every_rules_weights_equal_those_of_one_process(
         for name, (_, sizes) in SCENARIOS.items()
         if world_size in sizes and name not in NO_OTHER_LAYOUT
     ]
-    ranks.run(world_size, compare_scenarios, RULES[rule], names)
+    ranks.run(world_size, compare_scenarios, RULES[rule], names, timeout=280.0)
 
 
 @pytest.mark.parametrize(("name", "world_size"), CASES, ids=[f"{n}-{w}" for n, w in CASES])
