@@ -7,7 +7,6 @@ The momentum of a matrix goes by the name of ``exp_avg``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
-from flashns_dist.optim import FlashMuon
 from flashns_dist.optim.state import plain_state_dict
 
 from .support import check_sharding_type
@@ -192,10 +190,9 @@ def _add_counts(optimizer: Any) -> None:
 def restored_groups(
     current: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The groups of this run with what a checkpoint knows about each.
+    """The groups of this run with the learning rate and weight decay of a checkpoint.
 
-    FlashMuon's own settings stay as they are: they are this run's flags. The learning rate and the
-    weight decay come from the checkpoint, as everything of Megatron's.
+    Everything else that a group has stays as it is: it is this run's flags.
 
     Raises:
         ValueError: The checkpoint lacks a group.
@@ -214,16 +211,10 @@ def restored_groups(
                 "--flashmuon-overrides: resume with the same, or with --no-load-optim."
             )
         theirs = same.pop(0)
-        kept = {"params", "step", *_IDENTITY, *_own_settings(group["update_rule"])}
-        restored.append({**group, **{k: v for k, v in theirs.items() if k not in kept}})
+        scheduled = {key: theirs[key] for key in ("lr", "weight_decay")}
+        others = {k: v for k, v in theirs.items() if k not in ("params", "step")}
+        restored.append({**others, **group, **scheduled})
     return restored
-
-
-@cache
-def _own_settings(update_rule: str) -> frozenset[str]:
-    """FlashMuon's settings of a group, without those that schedulers set."""
-    (group,) = FlashMuon([{"params": [], "update_rule": update_rule}]).param_groups
-    return frozenset(group) - {"lr", "weight_decay"}
 
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:

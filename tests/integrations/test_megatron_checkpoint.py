@@ -78,16 +78,18 @@ def keep_flags(folder: str) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = 0.125
         save(folder, chunks, optimizer, FULL)
-        changed = replace(PLAIN, config={"muon_momentum": 0.5})
+        changed = replace(PLAIN, config={"muon_momentum": 0.5}, settings={"aux_lr": 0.005})
         chunks = make_chunks(changed)
         optimizer = make_optimizer(changed, chunks)
         load(folder, chunks, optimizer, FULL)
         matrices = next(g for g in optimizer.param_groups if g["update_rule"] == "muon")
+        peaks = {g["max_lr"] for g in optimizer.param_groups if g["update_rule"] == "adamw"}
         steps = {float(s["step"]) for s in optimizer.chained_optimizers[0].state.values()}
         kept = ("wd_mult", "lr_mult", "max_lr", "min_lr", "is_decoupled_lr", "is_expert_parallel")
         return {
             "momentum": matrices["momentum"],
             "lr": matrices["lr"],
+            "peaks": peaks,
             "steps": steps,
             "missing": [key for key in kept if key not in matrices],
         }
@@ -97,7 +99,8 @@ def test_flags_of_this_run_win_and_what_the_scheduler_sets_is_restored(
     ranks: RankPool, tmp_path: Path
 ) -> None:
     found = ranks.run(1, keep_flags, str(tmp_path))[0]
-    assert found == {"momentum": 0.5, "lr": 0.125, "steps": {1.0}, "missing": []}
+    expected = {"momentum": 0.5, "lr": 0.125, "peaks": {0.005}, "steps": {1.0}, "missing": []}
+    assert found == expected
 
 
 def refuse(folder: str) -> list[str]:
