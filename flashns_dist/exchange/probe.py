@@ -45,8 +45,15 @@ def gather_values(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def first_value(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """The value of the group's first rank. Collectives: one ``all_gather_object``."""
-    return gather_values(value, group)[0]
+    """The first rank's value, on every rank of the group.
+
+    Collectives: one ``broadcast_object_list``.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=dist.get_process_group_ranks(group)[0], group=group)
+    return found[0]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -16,17 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from flashns_dist.exchange.probe import all_to_all_seconds, first_value, gather_values
+from flashns_dist.optim.flash_muon import FlashMuon
+from flashns_dist.optim.machine import calibration_path
+from flashns_dist.optim.step import ExchangeOptions
 from flashns_dist.orthogonalize import orthogonalize
-from flashns_dist.orthogonalize.kernels.tuning import cache_folder
 from flashns_dist.plan import CostModel
 
 Stack = tuple[int, int, int]  # batch, rows, cols
@@ -37,37 +40,6 @@ _BATCHES = (16, 4, 1)
 _GPU_WIRE = (2**20, 2**23, 2**26, 2**28)
 _CPU_WIRE = (2**12, 2**16, 2**20)
 _MOST_ELEMENTS = 2**28
-
-
-def calibration_path(device: torch.device) -> Path:
-    """Where the cost model of a device, with the versions at hand, is kept."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = "-".join([torch.__version__, _version("triton"), _version("flashns-dist")])
-    text = f"cost-{name}-{versions}"
-    return cache_folder() / (
-        "".join(c if c.isalnum() or c in "-._" else "_" for c in text) + ".json"
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def calibrated_cost(device: torch.device, group: dist.ProcessGroup | None) -> CostModel | None:
-    """What was measured for this device; None if nothing was, or it cannot be read.
-
-    The first rank's, on every rank of the group: all must plan alike, whatever their caches hold.
-    Collectives: one ``all_gather_object`` on ``group``.
-    """
-    try:
-        found = CostModel.load(calibration_path(device))
-    except (OSError, ValueError, TypeError):
-        found = None
-    agreed: CostModel | None = first_value(found, group)
-    return agreed
 
 
 def calibrate(
@@ -186,9 +158,6 @@ def _host_seconds(x: Tensor, count: int = 20) -> float:
 
 def _step_seconds(device: torch.device, group: dist.ProcessGroup | None, buckets: int) -> float:
     """Seconds of a step of 64 x 64 matrices in some number of buckets, next to free of work."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
     size = 1 if group is None else dist.get_world_size(group)
     mesh = None if group is None else DeviceMesh.from_group(group, device.type)
     rows = -(-64 // size)
@@ -206,9 +175,6 @@ def _step_seconds(device: torch.device, group: dist.ProcessGroup | None, buckets
 
 
 def _time_steps(parameters: list[Any], device: torch.device, bucket_bytes: int) -> float:
-    from flashns_dist.optim.flash_muon import FlashMuon
-    from flashns_dist.optim.step import ExchangeOptions
-
     options = ExchangeOptions(
         bucket_bytes=bucket_bytes, replica_group=None, cost=CostModel(exchange_seconds=1.0)
     )

@@ -16,6 +16,7 @@ from flashns_dist.exchange import (
     explain_on_every_rank,
     reduce_sum_,
 )
+from flashns_dist.exchange.probe import first_value
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.binding import (
     BoundParameter,
@@ -25,6 +26,7 @@ from flashns_dist.optim.binding import (
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
+from flashns_dist.optim.machine import calibrated_cost
 from flashns_dist.optim.rounding import element_noise, rounding_seed, stochastic_round_
 from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES
 from flashns_dist.optim.rules.muon import resolve_ns_coefficients
@@ -41,7 +43,7 @@ from flashns_dist.optim.settings import (
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
 from flashns_dist.optim.step import ExchangeOptions, MatrixStep, matrices_of, plan_matrices
 from flashns_dist.orthogonalize import Coefficients
-from flashns_dist.plan import Matrix, Plan
+from flashns_dist.plan import CostModel, Matrix, Plan
 
 _KEPT = (
     "nonfinite",
@@ -139,6 +141,7 @@ class FlashMuon(Optimizer):
         self._bound: list[BoundParameter] = []
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
+        self._costs: dict[tuple[int, ...], CostModel | None] = {}
         self._adapter: Callable[[], list[BoundParameter]] | None = None
         defaults = {
             "lr": lr,
@@ -211,6 +214,7 @@ class FlashMuon(Optimizer):
 
     def _unbind(self) -> None:
         self._bound, self._steps, self._checked = [], {}, False
+        self._costs = {}
 
     def _bind(self) -> None:
         if self._bound:
@@ -325,7 +329,8 @@ class FlashMuon(Optimizer):
             for travel in (True, False)
         )
         size = bound[0].layout.group_size
-        return plan_matrices(travelling, size, self.exchange_options), resident
+        cost = self._costs.get(bound[0].group_ranks)
+        return plan_matrices(travelling, size, self.exchange_options, cost), resident
 
     def _check_setup(self) -> None:
         if self._checked:
@@ -350,12 +355,20 @@ class FlashMuon(Optimizer):
                 dtype, kind = bound.storage.dtype, self._kind(bound)
                 digest = f"{bound.layout.digest}:{dtype}:{setting}:{kind}:{hash(bound.blocks)}"
                 entries.append((bound.name, digest))
-            matrices = self._matrices(indices)
+            matrices, first = self._matrices(indices), self._bound[indices[0]]
             digest = "none"
+            self._agree_on_cost(first)
             if matrices:
                 digest = self._plan(matrices, [True] * len(matrices))[0].digest
-            check_same_setup(entries, digest, self._bound[indices[0]].process_group)
+            check_same_setup(entries, digest, first.process_group)
         self._checked = True
+
+    def _agree_on_cost(self, first: BoundParameter) -> None:
+        """The cost model that all ranks of a parameter's group plan with: their first rank's."""
+        cost = self.exchange_options.cost
+        if cost is None:
+            cost = calibrated_cost(first.local(first.storage).device)
+        self._costs[first.group_ranks] = first_value(cost, first.process_group)
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
         """This rank's gradients, and the first thing that is wrong with them."""

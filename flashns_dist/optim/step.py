@@ -31,7 +31,8 @@ class ExchangeOptions:
             (``"auto"``).
         replica_group: The process group over which plain (not DTensor) parameters are replicated:
             ``"world"``, a process group, or None where each process trains by itself.
-        cost: Cost model of the planner (default: one H200's).
+        cost: Cost model of the planner; None for what ``flashns_dist.optim.calibration`` measured
+            on this machine, or else one H200's. The first rank's holds on all ranks of a group.
     """
 
     wire_dtype: torch.dtype = torch.bfloat16
@@ -83,12 +84,17 @@ def matrices_of(
     return found
 
 
-def plan_matrices(matrices: Sequence[Matrix], group_size: int, options: ExchangeOptions) -> Plan:
-    """The plan for matrices of one process group."""
+def plan_matrices(
+    matrices: Sequence[Matrix],
+    group_size: int,
+    options: ExchangeOptions,
+    cost: CostModel | None = None,
+) -> Plan:
+    """The plan for matrices of one process group, with a cost model or the options' own."""
     return make_plan(
         matrices,
         group_size,
-        cost=options.cost,
+        cost=cost or options.cost,
         wire_itemsize=options.wire_dtype.itemsize,
         bucket_bytes=options.bucket_bytes,
         replicas=options.replicas,  # type: ignore[arg-type]

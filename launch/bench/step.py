@@ -186,7 +186,8 @@ def tune(
 ) -> None:
     """Orthogonalize once whatever the plans batch, with tuning on; ranks take turns.
 
-    Writes ``shapes.json``: ``[batch, rows, cols]`` of everything, for the calibration.
+    With ``--tune-only``, writes ``shapes.json``: ``[batch, rows, cols]`` of everything, for the
+    calibration.
     """
     os.environ["FLASHNS_DIST_TUNE"] = "1"
     sizes: Counter[tuple[int, int, int]] = Counter()
@@ -198,7 +199,7 @@ def tune(
                     owned = make_schedule(plan, bucket, rank).owned
                     batches = Counter(plan.matrices[i].work_shape for i in owned)
                     sizes.update((batch, *shape) for shape, batch in batches.items())
-    if world.is_first:
+    if world.is_first and arguments.tune_only:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "shapes.json").write_text(json.dumps(sorted(sizes)))
     # Largest first, and each short side's to one rank: they have products in common.

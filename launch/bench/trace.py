@@ -16,14 +16,27 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PARTS = ("agreement", "momentum", "pack", "wire", "unpack", "orthogonalize", "update", "other")
+PARTS = (
+    "agreement",
+    "momentum",
+    "pack",
+    "wire",
+    "unpack",
+    "orthogonalize",
+    "update",
+    "pack or unpack",  # in a CUDA graph nothing tells them apart
+    "other",
+)
 
 # Functions whose kernels belong to a part; the innermost decides. One that is gone is left out.
 _CALLS = {
     "flashns_dist.optim.flash_muon:agree_on_gradients": "agreement",
+    "flashns_dist.optim.step:MatrixStep._gather": "momentum",
     "flashns_dist.optim.step:MatrixStep._before": "momentum",
-    "flashns_dist.optim.step:MatrixStep._on_owner": "orthogonalize",
-    "flashns_dist.optim.step:MatrixStep._after": "update",
+    "flashns_dist.optim.step:MatrixStep._compute": "orthogonalize",
+    "flashns_dist.optim.step:MatrixStep._finish": "update",
+    "flashns_dist.optim.fused.passes:FusedPasses.pack": "pack",
+    "flashns_dist.optim.fused.passes:FusedPasses.unpack": "unpack",
     "flashns_dist.exchange.exchange:Exchange.start_gather": "pack",
     "flashns_dist.exchange.exchange:Exchange.finish_gather": "unpack",
     "flashns_dist.exchange.exchange:Exchange.start_scatter": "pack",
@@ -34,6 +47,7 @@ _NAMES = (
     (r"nccl.*(SendRecv|AllToAll|alltoall)", "wire"),
     (r"nccl", "agreement"),
     (r"momentum|direction", "momentum"),
+    (r"^copy_kernel", "pack or unpack"),
     (r"unpack", "unpack"),
     (r"pack", "pack"),
     (r"update|decay", "update"),
