@@ -62,10 +62,10 @@ def agree_on_gradients(
         ValueError: ``problem``, on the ranks that have one.
     """
     device = bound[0].local(bound[0].storage).device
-    flags = torch.zeros(5, dtype=torch.float64, device=device)
+    flags = [0.0] * 5
     flags[_ERROR] = float(problem is not None)
     if found_inf is not None:
-        flags[_FOUND_INF] = found_inf.to(device).double().max()
+        flags[_FOUND_INF] = float(found_inf.max())
     error: Exception | None = None if problem is None else ValueError(problem)
     active = [False] * len(bound)
     nonfinite: list[str] = []
@@ -73,23 +73,23 @@ def agree_on_gradients(
         chosen = [bound[i] for i in indices]
         values = _summary(chosen, [gradients[i] for i in indices], flags)
         agreed = agree_on_largest(values, chosen[0].process_group)
-        for column, index in enumerate(indices):
-            active[index] = bool(agreed[_HAS, column])
+        for index, is_active in zip(indices, agreed[_HAS].bool().tolist(), strict=False):
+            active[index] = is_active
         bad = agreed[_NONFINITE, :-1].bool().tolist()
         nonfinite += [b.name for b, is_bad in zip(chosen, bad, strict=True) if is_bad]
         try:
             _check_replicas(*_compared(indices, chosen, gradients, agreed, unaveraged), device)
         except RuntimeError as found:
             error = error or found
-        flags = agreed[:, -1].to(device)
-        flags[_BAD_VALUE] = max(float(flags[_BAD_VALUE]), float(bool(nonfinite)))
-        flags[_ERROR] = max(float(flags[_ERROR]), float(error is not None))
+        flags = agreed[:, -1].tolist()
+        flags[_BAD_VALUE] = max(flags[_BAD_VALUE], float(bool(nonfinite)))
+        flags[_ERROR] = max(flags[_ERROR], float(error is not None))
     largest = bound[members[-1][0]].process_group
     spans_world = largest is None or dist.get_world_size(largest) == dist.get_world_size()
     if not spans_world:
         for indices in members:
-            flags = agree_on_largest(flags.to(device), bound[indices[0]].process_group)
-    flags = flags.cpu()
+            values = torch.tensor(flags, dtype=torch.float64, device=device)
+            flags = agree_on_largest(values, bound[indices[0]].process_group).tolist()
     if flags[_ERROR]:
         _raise(error, largest if spans_world or len(members) == 1 else None)
     return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
@@ -112,22 +112,22 @@ def _compared(
 
 
 def _summary(
-    bound: Sequence[BoundParameter], gradients: Sequence[Tensor | None], flags: Tensor
+    bound: Sequence[BoundParameter], gradients: Sequence[Tensor | None], flags: Sequence[float]
 ) -> Tensor:
     """``(5, len(bound) + 1)``: what to compare about each parameter, and the flags so far."""
-    device = flags.device
+    device = bound[0].local(bound[0].storage).device
+    known = torch.zeros(6, len(bound) + 1, dtype=torch.float64)
+    known[_HAS, :-1] = torch.tensor([g is not None for g in gradients], dtype=torch.float64)
+    known[_LACKS, :-1] = 1 - known[_HAS, :-1]
+    known[:5, -1] = torch.tensor(flags, dtype=torch.float64)
+    known[5, :-1] = torch.tensor([b.is_replicated for b in bound], dtype=torch.float64)
+    values = known.to(device)
     largest = _largest_magnitudes(gradients, device)
-    replicated = torch.tensor([b.is_replicated for b in bound], device=device)
-    has = torch.tensor([g is not None for g in gradients], device=device)
-    values = torch.zeros(5, len(bound) + 1, dtype=torch.float64, device=device)
-    values[_HAS, :-1] = has.double()
-    values[_LACKS, :-1] = (~has).double()
-    values[_NONFINITE, :-1] = (~largest.isfinite()).double()
-    shown = torch.where(replicated & largest.isfinite(), largest, 0.0)
-    values[_LARGEST, :-1] = shown
-    values[_MINUS_LARGEST, :-1] = -shown
-    values[:, -1] = flags
-    return values
+    finite = largest.isfinite()
+    values[_NONFINITE, :-1] = (~finite).double()
+    values[_LARGEST, :-1] = torch.where(finite, largest * values[5, :-1], 0.0)
+    values[_MINUS_LARGEST, :-1] = -values[_LARGEST, :-1]
+    return values[:5]
 
 
 def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -140,8 +140,10 @@ def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device
     for indices in by_dtype.values():
         chosen = [grad for i in indices if (grad := gradients[i]) is not None]
         norms = torch._foreach_norm(chosen, ord=float("inf"))
-        where = torch.tensor(indices, device=device)
-        result[where] = torch.stack(list(norms)).double()
+        found = torch.stack(list(norms)).double()
+        if len(indices) == len(gradients):
+            return found
+        result[torch.tensor(indices, device=device)] = found
     return result
 
 
@@ -155,7 +157,7 @@ def _check_replicas(
     if not bound or bound[0].process_group is None:
         return
     group = bound[0].process_group
-    disputed = [i for i in range(len(bound)) if agreed[_HAS, i] and agreed[_LACKS, i]]
+    disputed = (agreed[_HAS, :-1] * agreed[_LACKS, :-1]).nonzero().flatten().tolist()
     if disputed:
         _check_replicas_have(bound, disputed, gradients, group, device)
     high, low = agreed[_LARGEST, :-1], -agreed[_MINUS_LARGEST, :-1]

@@ -12,13 +12,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(table, chunk_piece, chunk_start, FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """The chunk's piece, and where its elements lie in both memories."""
+def _locate(
+    table, chunk_piece, chunk_start, FLAT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The chunk's piece, and where its elements lie in both memories.
+
+    What is known to be a multiple lets the compiler load 16 bytes at a time.
+    """
     pid = tl.program_id(0)
     piece = tl.load(chunk_piece + pid).to(tl.int64)
     row = table + 8 * piece
-    index = tl.load(chunk_start + pid) + tl.arange(0, BLOCK)
-    mask = index < tl.load(row)
+    index = tl.multiple_of(tl.load(chunk_start + pid), BLOCK) + tl.arange(0, BLOCK)
+    numel = tl.load(row).to(tl.int32)
+    mask = index < (tl.multiple_of(numel, 16) if ALIGNED else numel)
     if FLAT:
         one = index
         other = index
@@ -28,6 +34,9 @@ def _locate(table, chunk_piece, chunk_start, FLAT: tl.constexpr, BLOCK: tl.const
         c = index % cols
         one = r * tl.load(row + 4) + c
         other = r * tl.load(row + 7) + c
+        if ALIGNED:
+            one = tl.max_contiguous(tl.multiple_of(one, 8), 8)
+            other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
     return piece, row, one, other, mask
 
 
@@ -53,7 +62,7 @@ def momentum_kernel(
     BLOCK: tl.constexpr,
 ):
     """``muon.momentum_direction``, written in the wire dtype."""
-    piece, row, local, target, mask = _locate(table, chunk_piece, chunk_start, FLAT, BLOCK)
+    piece, row, local, target, mask = _locate(table, chunk_piece, chunk_start, FLAT, ALIGNED, BLOCK)
     memory = parameters + 3 * tl.load(row + 2)
     offset = tl.load(row + 3)
     address = tl.load(memory)
@@ -89,7 +98,7 @@ def update_kernel(
     BLOCK: tl.constexpr,
 ):
     """``muon.apply_update`` in fp32, rounded to the weights' dtype."""
-    piece, row, local, source, mask = _locate(table, chunk_piece, chunk_start, FLAT, BLOCK)
+    piece, row, local, source, mask = _locate(table, chunk_piece, chunk_start, FLAT, ALIGNED, BLOCK)
     address = tl.load(parameters + 3 * tl.load(row + 2) + 2)
     weight = _pointer(address, tl.load(row + 3), WEIGHT, ALIGNED)
     update = _pointer(tl.load(buffers + tl.load(row + 5)), tl.load(row + 6), WIRE, ALIGNED)
@@ -118,7 +127,7 @@ def copy_kernel(
     BLOCK: tl.constexpr,
 ):
     """From the one memory to the other."""
-    _, row, one, other, mask = _locate(table, chunk_piece, chunk_start, FLAT, BLOCK)
+    _, row, one, other, mask = _locate(table, chunk_piece, chunk_start, FLAT, ALIGNED, BLOCK)
     source = _pointer(tl.load(buffers + tl.load(row + 2)), tl.load(row + 3), WIRE, ALIGNED)
     target = _pointer(tl.load(buffers + tl.load(row + 5)), tl.load(row + 6), WIRE, ALIGNED)
     tl.store(target + other, tl.load(source + one, mask=mask), mask=mask)

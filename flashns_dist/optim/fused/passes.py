@@ -47,8 +47,11 @@ class Table:
             starts += [(number, start) for start in range(0, at_one.numel, BLOCK)]
         self.num_chunks = len(starts)
         self.is_flat = all(a.rows == 1 and b.rows == 1 for _, a, _, b, _ in pieces)
-        self.is_aligned = self.is_flat and all(
-            a.offset % 8 == 0 and b.offset % 8 == 0 for _, a, _, b, _ in pieces
+        # Eight elements of two bytes are what one instruction moves.
+        self.is_aligned = all(
+            side.offset % 8 == side.cols % 8 == side.stride % 8 == side.numel % 16 == 0
+            for _, a, _, b, _ in pieces
+            for side in (a, b)
         )
         self.pieces = torch.tensor(rows, dtype=torch.int64, device=device)
         chunks = torch.tensor(starts, dtype=torch.int32).reshape(-1, 2).T.contiguous()
@@ -357,7 +360,10 @@ class FusedPasses:
         if self._later is not None:
             self._later.append((target, list(values)))
             return
-        target.copy_(torch.tensor(values, dtype=target.dtype))
+        # From pinned memory the copy waits for nothing, and the host does not wait for it.
+        pin = target.device.type == "cuda"
+        source = torch.tensor(values, dtype=target.dtype, pin_memory=pin)
+        target.copy_(source, non_blocking=True)
 
 
 def fusing_possible(device: torch.device) -> bool:
