@@ -139,6 +139,7 @@ class FlashMuon(Optimizer):
         self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
+        self._by_group: list[list[int]] = []
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
@@ -213,7 +214,7 @@ class FlashMuon(Optimizer):
         self._unbind()
 
     def _unbind(self) -> None:
-        self._bound, self._steps, self._checked = [], {}, False
+        self._bound, self._by_group, self._steps, self._checked = [], [], {}, False
         self._costs = {}
 
     def _bind(self) -> None:
@@ -297,10 +298,14 @@ class FlashMuon(Optimizer):
 
     def _members(self) -> list[list[int]]:
         """Bound parameters by process group, smallest group first, the same on all ranks."""
+        if self._by_group:
+            return self._by_group
         found: dict[tuple[int, ...], list[int]] = {}
         for index, bound in enumerate(self._bound):
             found.setdefault(bound.group_ranks, []).append(index)
-        return [found[ranks] for ranks in sorted(found, key=lambda ranks: (len(ranks), ranks))]
+        order = sorted(found, key=lambda ranks: (len(ranks), ranks))
+        self._by_group = [found[ranks] for ranks in order]
+        return self._by_group
 
     def _matrices(self, indices: Sequence[int]) -> list[BoundParameter]:
         return [
