@@ -1,0 +1,198 @@
+"""What plans of large models look like on 8 to 4096 ranks: on paper, from the cost model.
+
+    python -m launch.bench.scale --cost calibration.json
+
+Writes ``scale.jsonl`` and ``scale.png`` into ``--out``, and the table into ``--page``, between its
+``<!-- table -->`` lines. Assumptions: see docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from flashns_dist.layout import leading_blocks, placements_layout
+from flashns_dist.plan import CostModel, Matrix, Plan, make_plan, plan_stages
+from flashns_dist.plan.traffic import Traffic
+from launch.bench.models import MODELS, Shape, num_elements
+
+RANKS = (8, 32, 128, 512, 1024, 2048, 4096)
+PAPER = ("llama-3-8b", "llama-3-70b", "llama-3-405b", "deepseek-v3")
+MOST_SHARDS = 512
+HOST_RANKS = 8
+ADAMW_BYTES = 28  # per element: weight, gradient and two moments read, all but the gradient written
+MARK = "<!-- table -->"
+
+
+def placed(shape: Shape, ranks: int) -> tuple[tuple[Placement, ...], tuple[int, ...]]:
+    """Placements and mesh: FSDP of at most 512 shards, replicas beyond; experts whole up to 256.
+
+    With more ranks than experts, the rows of an expert are sharded over the ranks that share it.
+    """
+    if len(shape) == 3 and ranks > shape[0]:
+        return (Shard(1), Shard(0)), (ranks // shape[0], shape[0])
+    if len(shape) == 3 or ranks <= MOST_SHARDS:
+        return (Shard(0),), (ranks,)
+    return (Replicate(), Shard(0)), (ranks // MOST_SHARDS, MOST_SHARDS)
+
+
+def matrices_of(model: str, ranks: int) -> list[Matrix]:
+    found = []
+    for index, (name, shape) in enumerate(MODELS[model]()):
+        placements, mesh = placed(shape, ranks)
+        layout = placements_layout(shape, placements, mesh)
+        found += [Matrix(name, index, layout, block) for block in leading_blocks(shape)]
+    return found
+
+
+def on_many_hosts(cost: CostModel, ranks: int, link: float, peer_seconds: float) -> CostModel:
+    """The cost model where ranks of other hosts are reached through a network."""
+    if ranks <= HOST_RANKS:
+        return cost
+    latency = cost.exchange_seconds + peer_seconds * ranks
+    return replace(
+        cost,
+        link_bytes_per_second=min(link, cost.link_bytes_per_second),
+        exchange_seconds=latency,
+    )
+
+
+def buffers(plan: Plan, itemsize: int = 2) -> tuple[int, int]:
+    """Bytes of the busiest rank: two sets of four transfer buffers, and one bucket's batch."""
+    largest = [0] * 5
+    for bucket in plan.buckets:
+        traffic = Traffic(plan.group_size)
+        traffic.add(plan.matrices, plan.owners, bucket)
+        for place, counts in enumerate(
+            (
+                traffic.gather_sends,
+                traffic.gather_receives,
+                traffic.scatter_sends,
+                traffic.scatter_receives,
+                traffic.owned,
+            )
+        ):
+            largest[place] = max(largest[place], *counts)
+    return 2 * itemsize * sum(largest[:4]), itemsize * largest[4]
+
+
+def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
+    """One model on some number of ranks."""
+    matrices = matrices_of(model, ranks)
+    begin = time.perf_counter()
+    plan = make_plan(matrices, ranks, cost=cost)
+    took = time.perf_counter() - begin
+    prediction, stages = plan.prediction, plan_stages(plan, cost)
+    stored = [0] * ranks
+    for matrix in {m.tensor: m for m in matrices}.values():
+        for rank in range(ranks):
+            stored[rank] += matrix.layout.local_numel(rank)
+    exchanged, batch = buffers(plan)
+    adamw = cost.memory_seconds(ADAMW_BYTES * max(stored))
+    return {
+        "model": model,
+        "elements": num_elements(MODELS[model]()),
+        "matrices": len(matrices),
+        "ranks": ranks,
+        "replicas": max(m.layout.num_replicas for m in matrices),
+        "plan_seconds": took,
+        "buckets": len(plan.buckets),
+        "balance": prediction.balance,
+        "working_ranks": sum(1 for seconds in prediction.compute_seconds if seconds),
+        "orthogonalize_seconds": max(prediction.compute_seconds),
+        "wire_seconds": sum(stage.gather + stage.scatter for stage in stages),
+        "passes_seconds": sum(stage.before + stage.after for stage in stages),
+        "host_seconds": sum(stage.host for stage in stages),
+        "sent_bytes": max(prediction.sent_bytes),
+        "exchange_bytes": exchanged,
+        "batch_bytes": batch,
+        "step_seconds": prediction.step_seconds,
+        "adamw_seconds": adamw,
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = [
+        "| model | ranks | balance | ranks that work | sent per rank, MB | buffers + batch, MiB | "
+        "orthogonalize ms | wire ms | step ms | fused AdamW ms | planned in s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in lines:
+        rows.append(
+            f"| {one['model']} | {one['ranks']} | {one['balance']:.2f} | {one['working_ranks']} | "
+            f"{one['sent_bytes'] / 1e6:.0f} | {one['exchange_bytes'] / 2**20:.0f} + "
+            f"{one['batch_bytes'] / 2**20:.0f} | {1e3 * one['orthogonalize_seconds']:.1f} | "
+            f"{1e3 * one['wire_seconds']:.1f} | {1e3 * one['step_seconds']:.1f} | "
+            f"{1e3 * one['adamw_seconds']:.2f} | {one['plan_seconds']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for number, model in enumerate(dict.fromkeys(one["model"] for one in lines)):
+        own = [one for one in lines if one["model"] == model]
+        ranks = [one["ranks"] for one in own]
+        color = f"C{number}"
+        axes[0].plot(
+            ranks, [1e3 * one["step_seconds"] for one in own], "o-", color=color, label=model
+        )
+        axes[0].plot(ranks, [1e3 * one["adamw_seconds"] for one in own], ":", color=color)
+        axes[1].plot(ranks, [one["balance"] for one in own], "o-", color=color, label=model)
+    axes[0].set_ylabel("predicted step, ms (dotted: fused AdamW)")
+    axes[1].set_ylabel("busiest over mean orthogonalization")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("ranks")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Plan everything, write the lines, the plot and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--page", type=Path, help="docs/scale.md: replace its table")
+    parser.add_argument("--cost", type=Path, help="calibration (default: the model's defaults)")
+    parser.add_argument("--models", default=",".join(PAPER))
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
+    parser.add_argument("--link", type=float, default=45e9, help="bytes/s of a rank between hosts")
+    parser.add_argument("--peer-seconds", type=float, default=1e-6, help="latency per rank")
+    chosen = parser.parse_args(arguments)
+    cost = CostModel.load(chosen.cost) if chosen.cost else CostModel()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with (chosen.out / "scale.jsonl").open("w") as file:
+        for model in chosen.models.split(","):
+            for ranks in map(int, chosen.ranks.split(",")):
+                network = on_many_hosts(cost, ranks, chosen.link, chosen.peer_seconds)
+                lines.append(line(model, ranks, network))
+                measured = str(chosen.cost.name) if chosen.cost else "defaults"
+                file.write(json.dumps(lines[-1] | {"cost": measured}) + "\n")
+                file.flush()
+    text = table(lines)
+    print(text)
+    plot(lines, chosen.out / "scale.png")
+    if chosen.page is not None:
+        before, _, rest = chosen.page.read_text().partition(MARK)
+        after = rest.partition(MARK)[2]
+        chosen.page.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}")
+
+
+if __name__ == "__main__":
+    main()

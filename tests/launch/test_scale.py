@@ -1,0 +1,38 @@
+"""Plans on paper: the lines hold what follows from the shapes alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashns_dist.plan import CostModel
+from launch.bench import scale
+
+
+def test_lines_count_bytes_and_ranks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scale.MARK}\nold\n{scale.MARK}\nafter\n")
+    scale.main(
+        [
+            *("--models", "tiny,tiny-experts", "--ranks", "2,16"),
+            *("--out", str(tmp_path), "--page", str(page)),
+        ]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "scale.jsonl").read_text().splitlines()]
+    dense, _, whole, rows = lines
+    # Of its half of every matrix, a rank sends half to the other, and as many results; bf16.
+    assert dense["sent_bytes"] == pytest.approx(dense["elements"], rel=0.2)
+    assert dense["balance"] >= 1
+    assert whole["sent_bytes"] == 0  # eight experts on two ranks
+    assert rows["ranks"] == 16
+    assert rows["sent_bytes"] > 0  # two ranks share an expert
+    cost = CostModel()
+    assert whole["adamw_seconds"] == pytest.approx(cost.memory_seconds(28 * whole["elements"] / 2))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| tiny-experts | 16 |" in text
+    assert (tmp_path / "scale.png").stat().st_size > 0
