@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     lines = [line for file in options.files for line in file.read_text().splitlines()]
     runs = [json.loads(line) for line in dict.fromkeys(lines)]
-    tasks = {f"{run['task']} on {run.get('device')}" for run in runs}
+    tasks = {f"{run['task']}, {run.get('device') or 'CPU'}" for run in runs}
     if len(tasks) != 1:
         raise SystemExit(f"the files hold runs of {sorted(tasks)}; give those of one")
     options.out.with_suffix(".jsonl").write_text("".join(f"{json.dumps(run)}\n" for run in runs))
