@@ -1,9 +1,9 @@
 """The one place that knows Megatron's internals, and how its versions differ.
 
 Checked against megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2 and the development version (0.20.0) of
-August 2026. Megatron itself builds its optimizer, for Adam; only the innermost torch optimizer is then
-replaced. So what is needed is the same in all of them, and each function here fails with the name
-of what is missing.
+August 2026. Megatron itself builds its optimizer, for Adam; only the innermost torch optimizer is
+then replaced. So what is needed is the same in all of them, and each function here fails with the
+name of what is missing.
 """
 
 from __future__ import annotations
