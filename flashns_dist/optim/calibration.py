@@ -126,7 +126,7 @@ def _device_seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     call()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads too
         call()
     graph.replay()
     return statistics.median(_wall(graph.replay, device) for _ in range(5))
