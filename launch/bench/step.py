@@ -36,6 +36,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from flashns_dist.exchange import make_schedule
+from flashns_dist.optim.machine import calibration_path
 from flashns_dist.optim.step import plan_matrices
 from flashns_dist.orthogonalize import orthogonalize
 from flashns_dist.plan import CostModel, Plan, Stages, plan_stages, step_seconds
@@ -333,22 +334,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=60.0, help="start no candidate after")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--cost", type=Path, help="calibration to plan and predict with")
+    parser.add_argument("--cost", type=Path, help="calibration (default: this machine's)")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--tune-only", action="store_true")
     parser.add_argument("--tune-minutes", type=float, default=5.0, help="tune nothing after")
     parser.add_argument("--profile", nargs="?", const="all", help="of one case, or of all")
     chosen = parser.parse_args(arguments)
     chosen.begin = time.perf_counter()
-    if chosen.cost is not None and not chosen.cost.exists():
-        print(f"{chosen.cost} is not there: predictions are the default model's", flush=True)
-        chosen.cost = None
     text = chosen.options
     options = variants(Path(text).read_text() if text.endswith(".json") else text)
-    if chosen.cost is not None:
-        for keywords in options.values():
-            keywords["exchange"] = {"cost": str(chosen.cost), **keywords.get("exchange", {})}
     with joined_world(chosen.device, None) as world:
+        path = Path(world.agree(str(chosen.cost or calibration_path(world.device))))
+        if path.exists():
+            for keywords in options.values():
+                keywords["exchange"] = {"cost": str(path), **keywords.get("exchange", {})}
+        elif world.is_first:
+            print(f"{path} is not there: planned with the default cost model", flush=True)
         cases = [parse_case(name, world.size) for name in chosen.cases.split(",")]
         if chosen.tune or chosen.tune_only:
             tune(cases, options, chosen, world)
