@@ -276,6 +276,8 @@ class FlashMuon(Optimizer):
         self._check_setup()
         gradients, problem = self._local_gradients()
         members = self._members()
+        for (number, _), step in self._steps.items():  # while the device works on the gradients
+            step.prepare(self.state, [gradients[i] for i in self._matrix_indices(members[number])])
         found_inf = getattr(self, "found_inf", None)
         verdict = agree_on_gradients(
             self._bound, members, gradients, problem, found_inf, self._unaveraged()
@@ -307,12 +309,11 @@ class FlashMuon(Optimizer):
         self._by_group = [found[ranks] for ranks in order]
         return self._by_group
 
+    def _matrix_indices(self, indices: Sequence[int]) -> list[int]:
+        return [i for i in indices if is_matrix_rule(self.param_groups[self._bound[i].group_index])]
+
     def _matrices(self, indices: Sequence[int]) -> list[BoundParameter]:
-        return [
-            bound
-            for bound in (self._bound[i] for i in indices)
-            if is_matrix_rule(self.param_groups[bound.group_index])
-        ]
+        return [self._bound[i] for i in self._matrix_indices(indices)]
 
     def _kind(self, bound: BoundParameter) -> str:
         group = self.param_groups[bound.group_index]
@@ -415,9 +416,7 @@ class FlashMuon(Optimizer):
         active: Sequence[bool],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        chosen = [
-            i for i in indices if is_matrix_rule(self.param_groups[self._bound[i].group_index])
-        ]
+        chosen = self._matrix_indices(indices)
         flags = tuple(active[i] for i in chosen)
         if not any(flags):
             return
@@ -454,8 +453,8 @@ class FlashMuon(Optimizer):
         self._steps = {}
 
     def _count_steps(self, bound: Iterable[BoundParameter]) -> None:
-        for storage in {id(b.storage): b.storage for b in bound}.values():
-            self.state[storage]["step"] += 1
+        storages = {id(b.storage): b.storage for b in bound}.values()
+        torch._foreach_add_([self.state[storage]["step"] for storage in storages], 1)
 
     def _step_auxiliary(self, active: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
         for group_index, group in enumerate(self.param_groups):

@@ -32,6 +32,12 @@ class GraphedStep:
     def step(self) -> MatrixStep:
         return self._step
 
+    def prepare(
+        self, state: Mapping[Tensor, dict[str, Any]], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """See ``MatrixStep.prepare``."""
+        self._step.prepare(state, gradients)
+
     def run(
         self,
         groups: Sequence[dict[str, Any]],
@@ -39,19 +45,21 @@ class GraphedStep:
         gradients: Sequence[Tensor | None],
     ) -> None:
         """See ``MatrixStep.run``."""
-        fused = self._step.fused
+        step = self._step
         if not self._is_warm:  # loads kernels, connects ranks, measures
-            self._step.run(groups, state, gradients)
+            step.run(groups, state, gradients)
             self._is_warm = True
             return
-        fused.begin(gradients, state)
-        if self._graph is None or fused.signature != self._signature:
-            self._signature = fused.signature
+        if not step.is_prepared:
+            step.prepare(state, gradients)
+        if self._graph is None or step.fused.signature != self._signature:
+            self._signature = step.fused.signature
             self._graph = torch.cuda.CUDAGraph()
-            upload = fused.postpone_uploads()
+            upload = step.fused.postpone_uploads()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._step.run(groups, state, gradients)
+                step.run(groups, state, gradients)
             upload()
+        step.is_prepared = False
         self._graph.replay()
 
 

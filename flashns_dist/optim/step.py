@@ -110,6 +110,9 @@ class MatrixStep:
         exchange: Made for the plan.
         resident: Their matrices that do not travel.
         groups: ``param_groups`` of the optimizer.
+
+    Attributes:
+        is_prepared: Whether ``prepare`` has been called for the next run.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class MatrixStep:
         self._starts = _block_starts(bound, (*plan.matrices, *resident), groups)
         batches = [owned_batches(exchange, bucket) for bucket in range(len(plan.buckets))]
         self.fused = FusedPasses(bound, exchange, groups, batches)
+        self.is_prepared = False
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -136,6 +140,19 @@ class MatrixStep:
         """Whether every run does the same, whatever the values."""
         rules = {MATRIX_RULES[group["update_rule"]] for group in self._groups}
         return not self._resident and not any(rule.selects for rule in rules)
+
+    def prepare(
+        self, state: Mapping[Tensor, dict[str, Any]], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """What the next run needs to know and the host can do before; changes no state.
+
+        Args:
+            state: As ``run`` takes.
+            gradients: As ``run`` takes; their values may still change.
+        """
+        if self.fused.num_fused:
+            self.fused.begin(gradients, state)
+        self.is_prepared = True
 
     def run(
         self,
@@ -172,8 +189,9 @@ class MatrixStep:
         if run.choices:
             selections = {index: choice.selection for index, choice in run.choices.items()}
             self.exchange.narrow(selections)
-        if self.fused.num_fused:
-            self.fused.begin(gradients, state)
+        if not self.is_prepared:
+            self.prepare(state, gradients)
+        self.is_prepared = False
         self._run_buckets(run)
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
