@@ -12,12 +12,11 @@ from torch.optim.optimizer import Optimizer
 
 from flashns_dist.exchange import (
     Exchange,
-    check_same_setup,
     explain_on_every_rank,
     reduce_sum_,
 )
-from flashns_dist.exchange.probe import first_value
 from flashns_dist.optim.agreement import Verdict, agree_on_gradients
+from flashns_dist.optim.auxiliary import step_auxiliary
 from flashns_dist.optim.binding import (
     BoundParameter,
     bind_parameter,
@@ -26,24 +25,19 @@ from flashns_dist.optim.binding import (
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
-from flashns_dist.optim.machine import calibrated_cost
-from flashns_dist.optim.rounding import element_noise, rounding_seed, stochastic_round_
-from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES
-from flashns_dist.optim.rules.muon import resolve_ns_coefficients
+from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.settings import (
     check_group,
     check_parameter,
-    check_states,
     check_used,
     init_state,
-    is_matrix_rule,
     rule_settings,
     state_names,
 )
+from flashns_dist.optim.setup import Setup
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
-from flashns_dist.optim.step import ExchangeOptions, MatrixStep, matrices_of, plan_matrices
+from flashns_dist.optim.step import ExchangeOptions, MatrixStep
 from flashns_dist.orthogonalize import Coefficients
-from flashns_dist.plan import CostModel, Matrix, Plan
 
 _KEPT = (
     "nonfinite",
@@ -139,10 +133,8 @@ class FlashMuon(Optimizer):
         self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
-        self._by_group: list[list[int]] = []
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
-        self._costs: dict[tuple[int, ...], CostModel | None] = {}
         self._adapter: Callable[[], list[BoundParameter]] | None = None
         defaults = {
             "lr": lr,
@@ -214,27 +206,27 @@ class FlashMuon(Optimizer):
         self._unbind()
 
     def _unbind(self) -> None:
-        self._bound, self._by_group, self._steps, self._checked = [], [], {}, False
-        self._costs = {}
+        self._bound, self._steps, self._checked = [], {}, False
 
     def _bind(self) -> None:
         if self._bound:
             return
         if self._adapter is not None:
             self._bound = self._adapter()
-            return
-        replica_group = self._replica_group()
-        self._bound = [
-            bind_parameter(
-                name,
-                param,
-                index,
-                replica_group,
-                parameter_blocks(name, param.shape, self.param_groups[index]),
-            )
-            for index in range(len(self.param_groups))
-            for name, param in self._named(index)
-        ]
+        else:
+            replica_group = self._replica_group()
+            self._bound = [
+                bind_parameter(
+                    name,
+                    param,
+                    index,
+                    replica_group,
+                    parameter_blocks(name, param.shape, self.param_groups[index]),
+                )
+                for index in range(len(self.param_groups))
+                for name, param in self._named(index)
+            ]
+        self._setup = Setup(self._bound, self.param_groups, self.exchange_options)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
@@ -273,108 +265,24 @@ class FlashMuon(Optimizer):
         self._bind()
         if not self._bound:
             return loss
-        self._check_setup()
+        setup = self._setup
+        if not self._checked:
+            setup.check(self.state)
+            self._checked = True
         gradients, problem = self._local_gradients()
-        members = self._members()
         for (number, _), step in self._steps.items():  # while the device works on the gradients
-            step.prepare(self.state, [gradients[i] for i in self._matrix_indices(members[number])])
+            step.prepare(self.state, [gradients[i] for i in setup.matrices[number]])
         found_inf = getattr(self, "found_inf", None)
         verdict = agree_on_gradients(
-            self._bound, members, gradients, problem, found_inf, self._unaveraged()
+            self._bound, setup.members, gradients, problem, found_inf, setup.unaveraged
         )
         if self._must_skip(verdict):
             return loss
         self._unscale(gradients)
-        for number, indices in enumerate(members):
+        for number, indices in enumerate(setup.matrices):
             self._step_matrices(number, indices, verdict.active, gradients)
-        self._step_auxiliary(verdict.active, gradients)
+        step_auxiliary(self._bound, self.param_groups, self.state, verdict.active, gradients)
         return loss
-
-    def _unaveraged(self) -> set[int]:
-        """The parameters whose replicas have gradients and momenta of their own (Dion)."""
-        return {
-            index
-            for index, bound in enumerate(self._bound)
-            if self.param_groups[bound.group_index].get("compressed_gradients")
-        }
-
-    def _members(self) -> list[list[int]]:
-        """Bound parameters by process group, smallest group first, the same on all ranks."""
-        if self._by_group:
-            return self._by_group
-        found: dict[tuple[int, ...], list[int]] = {}
-        for index, bound in enumerate(self._bound):
-            found.setdefault(bound.group_ranks, []).append(index)
-        order = sorted(found, key=lambda ranks: (len(ranks), ranks))
-        self._by_group = [found[ranks] for ranks in order]
-        return self._by_group
-
-    def _matrix_indices(self, indices: Sequence[int]) -> list[int]:
-        return [i for i in indices if is_matrix_rule(self.param_groups[self._bound[i].group_index])]
-
-    def _matrices(self, indices: Sequence[int]) -> list[BoundParameter]:
-        return [self._bound[i] for i in self._matrix_indices(indices)]
-
-    def _kind(self, bound: BoundParameter) -> str:
-        group = self.param_groups[bound.group_index]
-        if not is_matrix_rule(group):
-            return str(group["update_rule"])
-        coefficients = resolve_ns_coefficients(group)
-        digest = coefficients.digest if coefficients is not None else "default"
-        settings = [group["method"], digest, group["ns_dtype"], group["backend"]]
-        rule = MATRIX_RULES[group["update_rule"]].kind(group)
-        return f"{rule}:{settings}:{self.exchange_options.wire_dtype}"
-
-    def _plan(
-        self, bound: Sequence[BoundParameter], active: Sequence[bool]
-    ) -> tuple[Plan, list[Matrix]]:
-        """The plan of what travels, and what does not."""
-        kinds = [self._kind(b) for b in bound]
-        travelling, resident = (
-            matrices_of(bound, active, kinds, self.param_groups, travel=travel)
-            for travel in (True, False)
-        )
-        size = bound[0].layout.group_size
-        cost = self._costs.get(bound[0].group_ranks)
-        return plan_matrices(travelling, size, self.exchange_options, cost), resident
-
-    def _check_setup(self) -> None:
-        if self._checked:
-            return
-        check_states(self._bound, self.param_groups, self.state)
-        for bound in self._bound:
-            group = self.param_groups[bound.group_index]
-            if is_matrix_rule(group):
-                MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
-        for indices in self._members():
-            entries = []
-            for bound in (self._bound[i] for i in indices):
-                group = self.param_groups[bound.group_index]
-                keys = (
-                    "update_rule",
-                    "nesterov",
-                    "cautious",
-                    "rounding",
-                    *rule_settings(group["update_rule"], {}),
-                )
-                setting = [group[key] for key in keys]
-                dtype, kind = bound.storage.dtype, self._kind(bound)
-                digest = f"{bound.layout.digest}:{dtype}:{setting}:{kind}:{hash(bound.blocks)}"
-                entries.append((bound.name, digest))
-            matrices, first = self._matrices(indices), self._bound[indices[0]]
-            digest = "none"
-            self._agree_on_cost(first)
-            if matrices:
-                digest = self._plan(matrices, [True] * len(matrices))[0].digest
-            check_same_setup(entries, digest, first.process_group)
-        self._checked = True
-
-    def _agree_on_cost(self, first: BoundParameter) -> None:
-        """The cost model that all ranks of a parameter's group plan with: their first rank's."""
-        cost = self.exchange_options.cost
-        if cost is None:
-            cost = calibrated_cost(first.local(first.storage).device)
-        self._costs[first.group_ranks] = first_value(cost, first.process_group)
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
         """This rank's gradients, and the first thing that is wrong with them."""
@@ -416,21 +324,22 @@ class FlashMuon(Optimizer):
         active: Sequence[bool],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        chosen = self._matrix_indices(indices)
-        flags = tuple(active[i] for i in chosen)
+        flags = tuple(active[i] for i in indices)
         if not any(flags):
             return
         key = (number, flags)
         if key not in self._steps:
             self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
-            self._steps[key] = self._matrix_step([self._bound[i] for i in chosen], flags)
-        self._count_steps([self._bound[i] for i in chosen if active[i]])
-        self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in chosen])
+            self._steps[key] = self._matrix_step(indices, flags)
+        self._count_steps([self._bound[i] for i in indices if active[i]])
+        self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in indices])
 
     def _matrix_step(
-        self, bound: list[BoundParameter], flags: tuple[bool, ...]
+        self, indices: Sequence[int], flags: tuple[bool, ...]
     ) -> MatrixStep | GraphedStep:
-        (plan, resident), first = self._plan(bound, flags), bound[0]
+        plan, resident = self._setup.plan(indices, flags)
+        bound = [self._bound[i] for i in indices]
+        first = bound[0]
         device = first.local(first.storage).device
         exchange = Exchange(
             plan,
@@ -456,31 +365,6 @@ class FlashMuon(Optimizer):
         storages = {id(b.storage): b.storage for b in bound}.values()
         torch._foreach_add_([self.state[storage]["step"] for storage in storages], 1)
 
-    def _step_auxiliary(self, active: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
-        for group_index, group in enumerate(self.param_groups):
-            if is_matrix_rule(group):
-                continue
-            chosen = [
-                i
-                for i, bound in enumerate(self._bound)
-                if bound.group_index == group_index and active[i]
-            ]
-            bound = [self._bound[i] for i in chosen]
-            weights = [b.local(b.storage) for b in bound]
-            local_gradients = [
-                torch.zeros_like(w) if (g := gradients[i]) is None else g
-                for i, w in zip(chosen, weights, strict=True)
-            ]
-            states = [
-                {
-                    key: value if key == "step" else b.local(value)
-                    for key, value in self.state[b.storage].items()
-                }
-                for b in bound
-            ]
-            rule = AUXILIARY_RULES[group["update_rule"]]
-            rule.step(weights, local_gradients, states, group, _Writer(bound, states, group))
-
     # Checkpoints ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -491,7 +375,7 @@ class FlashMuon(Optimizer):
         Training goes on as it would have. Collectives: one ``all_reduce`` per such parameter.
         """
         self._bind()
-        for index in sorted(self._unaveraged()):
+        for index in sorted(self._setup.unaveraged):
             bound = self._bound[index]
             momentum = bound.local(self.state[bound.storage]["momentum_buffer"])
             reduce_sum_(momentum, bound.process_group)
@@ -521,26 +405,6 @@ class FlashMuon(Optimizer):
                 state = self.state[param]
                 if not set(state) >= state_names(group, blocks):
                     state.update({**init_state(param, group, blocks), **state})
-
-
-class _Writer:
-    """Writes fp32 results of auxiliary rules into weights of lower precision."""
-
-    def __init__(
-        self, bound: list[BoundParameter], states: list[dict[str, Tensor]], group: dict[str, Any]
-    ) -> None:
-        self._bound, self._states, self._group = bound, states, group
-
-    def __call__(self, index: int, value: Tensor) -> None:
-        bound = self._bound[index]
-        weight = bound.local(bound.storage)
-        if self._group["rounding"] == "nearest":
-            weight.copy_(value)
-            return
-        seed = rounding_seed(bound.name, int(self._states[index]["step"].item()))
-        for fragment in bound.layout.fragments[bound.group_rank]:
-            noise = element_noise(seed, fragment.box, bound.layout.shape, weight.device)
-            stochastic_round_(fragment.view(weight), fragment.view(value), noise)
 
 
 __all__ = ["FlashMuon", "init_state"]

@@ -37,7 +37,7 @@ def stepped(folders: list[str]) -> tuple[int, float, list[torch.Tensor]]:
             parameters[-1].grad = gradient
         optimizer = FlashMuon(parameters, lr=0.1)
         optimizer.step()
-        (cost,) = optimizer._costs.values()
+        (cost,) = optimizer._setup._costs.values()
         (made,) = optimizer._steps.values()
         assert cost is not None
         return (

@@ -12,83 +12,24 @@ from torch import Tensor
 from flashns_dist.exchange import Exchange
 from flashns_dist.layout import Block, Box
 from flashns_dist.optim.binding import BoundParameter
-from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.optim.fused.rows import Rows, rows_of
+from flashns_dist.optim.fused.tables import (
+    BLOCK,
+    FIRST_BATCH,
+    GATHER_RECEIVE,
+    GATHER_SEND,
+    SCATTER_RECEIVE,
+    SCATTER_SEND,
+    BucketPasses,
+    Table,
+    matched_pieces,
+    segment_rows,
+)
 from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import Muon, decay_and_rate
 
-BLOCK = 4096
-"""Elements of a program."""
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GATHER_SEND, _GATHER_RECEIVE, _SCATTER_SEND, _SCATTER_RECEIVE, _FIRST_BATCH = range(5)
-
-Piece = tuple[int, Rows, int, Rows, int]
-"""Number of the one memory and the rows there, of the other and there, and the piece's kind."""
-
-
-class Table:
-    """Pieces of memory, on the device.
-
-    Args:
-        pieces: At least one.
-        device: Where the memories are.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
-        rows, starts = [], []
-        for number, (one, at_one, other, at_other, _) in enumerate(pieces):
-            rows.append(
-                (
-                    *(at_one.numel, at_one.cols, one, at_one.offset, at_one.stride),
-                    *(other, at_other.offset, at_other.stride),
-                )
-            )
-            starts += [(number, start) for start in range(0, at_one.numel, BLOCK)]
-        self.num_chunks = len(starts)
-        self.is_flat = all(a.rows == 1 and b.rows == 1 for _, a, _, b, _ in pieces)
-        # Eight elements of two bytes are what one instruction moves.
-        self.is_aligned = all(
-            side.offset % 8 == side.cols % 8 == side.stride % 8 == side.numel % 16 == 0
-            for _, a, _, b, _ in pieces
-            for side in (a, b)
-        )
-        self.pieces = torch.tensor(rows, dtype=torch.int64, device=device)
-        chunks = torch.tensor(starts, dtype=torch.int32).reshape(-1, 2).T.contiguous()
-        self.chunk_piece, self.chunk_start = chunks.to(device)
-        kinds = [kind for *_, kind in pieces]
-        self.kinds = torch.tensor(kinds, dtype=torch.int32, device=device)
-
-
-class BucketPasses:
-    """The tables of one bucket.
-
-    Attributes:
-        momentum: Parameters to send buffer and batches.
-        unpack: Receive buffer to batches.
-        pack: Results to send buffer.
-        update: Parameters from receive buffer and results.
-        weight_dtype: Of all parameters of which this rank holds pieces.
-        buffers: Addresses of the exchange's four buffers, the batches and the results.
-    """
-
-    def __init__(
-        self,
-        momentum: Sequence[Piece],
-        unpack: Sequence[Piece],
-        pack: Sequence[Piece],
-        update: Sequence[Piece],
-        num_batches: int,
-        weight_dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.momentum, self.unpack, self.pack, self.update = (
-            Table(pieces, device) if pieces else None for pieces in (momentum, unpack, pack, update)
-        )
-        self.weight_dtype = weight_dtype
-        self.num_batches = num_batches
-        size = _FIRST_BATCH + 2 * num_batches
-        self.buffers = torch.zeros(size, dtype=torch.int64, device=device)
 
 
 class FusedPasses:
@@ -162,19 +103,19 @@ class FusedPasses:
         unpack: list[tuple[int, Rows | None, int, Rows | None]] = []
         pack: list[tuple[int, Rows | None, int, Rows | None]] = []
         for segment in schedule.gather.sends:
-            places[segment.held].append((_GATHER_SEND, _run(segment)))
+            places[segment.held].append((GATHER_SEND, segment_rows(segment)))
         for segment in schedule.gather.local:
             number, rows = inside(segment.matrix, segment.part, segment.box)
-            places[segment.held].append((_FIRST_BATCH + number, rows))
+            places[segment.held].append((FIRST_BATCH + number, rows))
         for segment in schedule.gather.receives:
             number, rows = inside(segment.matrix, segment.part, segment.box)
-            unpack.append((_GATHER_RECEIVE, _run(segment), _FIRST_BATCH + number, rows))
-        results = _FIRST_BATCH + len(stacks)
+            unpack.append((GATHER_RECEIVE, segment_rows(segment), FIRST_BATCH + number, rows))
+        results = FIRST_BATCH + len(stacks)
         for segment in schedule.scatter.sends:
             number, rows = inside(segment.matrix, segment.part, segment.box)
-            pack.append((results + number, rows, _SCATTER_SEND, _run(segment)))
+            pack.append((results + number, rows, SCATTER_SEND, segment_rows(segment)))
         for segment in schedule.scatter.receives:
-            sources[segment.held] = (_SCATTER_RECEIVE, _run(segment))
+            sources[segment.held] = (SCATTER_RECEIVE, segment_rows(segment))
         for segment in schedule.scatter.local:
             number, rows = inside(segment.matrix, segment.part, segment.box)
             sources[segment.held] = (results + number, rows)
@@ -194,10 +135,10 @@ class FusedPasses:
             momentum.append((tensor, rows, place, target, kind))
             update.append((tensor, rows, *source, kind))
         tables = [
-            _pieces([(*entry, 0) for entry in unpack]),
-            _pieces([(*entry, 0) for entry in pack]),
-            _pieces(momentum),
-            _pieces(update),
+            matched_pieces([(*entry, 0) for entry in unpack]),
+            matched_pieces([(*entry, 0) for entry in pack]),
+            matched_pieces(momentum),
+            matched_pieces(update),
         ]
         if any(table is None for table in tables):
             self.not_fused += sorted({self._bound[t].name for t, *_ in momentum})
@@ -281,10 +222,10 @@ class FusedPasses:
     def momentum(self, bucket: int, batches: Sequence[Tensor]) -> None:
         """Update the momenta; write the directions into the send buffer and the batches."""
         tables = self._tables(bucket)
-        self._upload(tables.buffers[:_FIRST_BATCH], self._exchange.addresses(bucket))
+        self._upload(tables.buffers[:FIRST_BATCH], self._exchange.addresses(bucket))
         if batches:
             found = [batch.data_ptr() for batch in batches]
-            self._upload(tables.buffers[_FIRST_BATCH : _FIRST_BATCH + len(found)], found)
+            self._upload(tables.buffers[FIRST_BATCH : FIRST_BATCH + len(found)], found)
         constants = {"GRADIENT": _triton_dtype(self._gradient_dtype)}
         self._launch("momentum_kernel", tables, tables.momentum, constants)
 
@@ -297,7 +238,7 @@ class FusedPasses:
         """Write the results into the send buffer."""
         tables = self._tables(bucket)
         if results:
-            begin = _FIRST_BATCH + tables.num_batches
+            begin = FIRST_BATCH + tables.num_batches
             self._upload(tables.buffers[begin:], [result.data_ptr() for result in results])
         self._launch("copy_kernel", tables, tables.pack, {})
 
@@ -377,25 +318,6 @@ def fusing_possible(device: torch.device) -> bool:
     if interpreting():
         repair()
     return interpreting()
-
-
-def _run(segment: Any) -> Rows:
-    """A segment of a flat buffer."""
-    return Rows(segment.offset, 1, segment.box.numel, segment.box.numel)
-
-
-def _pieces(
-    entries: Sequence[tuple[int, Rows | None, int, Rows | None, int]],
-) -> list[Piece] | None:
-    """Pieces cut alike in both memories; None where one of them cannot be."""
-    found: list[Piece] = []
-    for one, at_one, other, at_other, kind in entries:
-        pair = None if at_one is None or at_other is None else matched(at_one, at_other)
-        if pair is None:
-            return None
-        if pair[0].numel:
-            found.append((one, pair[0], other, pair[1], kind))
-    return found
 
 
 def _kernel(name: str) -> Any:

@@ -1,0 +1,134 @@
+"""What is fixed once parameters are bound: process groups, plans, and that all ranks agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from flashns_dist.exchange import check_same_setup
+from flashns_dist.exchange.probe import first_value
+from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.machine import calibrated_cost
+from flashns_dist.optim.rules import MATRIX_RULES
+from flashns_dist.optim.rules.muon import resolve_ns_coefficients
+from flashns_dist.optim.settings import check_states, is_matrix_rule, rule_settings
+from flashns_dist.optim.step import ExchangeOptions, matrices_of, plan_matrices
+from flashns_dist.plan import CostModel, Matrix, Plan
+
+
+class Setup:
+    """The bound parameters of an optimizer.
+
+    Args:
+        bound: All of them, in the same order on every rank of a process group.
+        groups: ``param_groups`` of the optimizer.
+        options: How matrices travel.
+    """
+
+    def __init__(
+        self,
+        bound: Sequence[BoundParameter],
+        groups: Sequence[dict[str, Any]],
+        options: ExchangeOptions,
+    ) -> None:
+        self.bound = bound
+        self._groups = groups
+        self._options = options
+        self._costs: dict[tuple[int, ...], CostModel | None] = {}
+
+    @cached_property
+    def members(self) -> list[list[int]]:
+        """Indices of parameters by process group, smallest group first, the same on all ranks."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index, bound in enumerate(self.bound):
+            found.setdefault(bound.group_ranks, []).append(index)
+        return [found[ranks] for ranks in sorted(found, key=lambda ranks: (len(ranks), ranks))]
+
+    @cached_property
+    def matrices(self) -> list[list[int]]:
+        """Those of ``members`` whose update rule is for matrices."""
+        return [
+            [i for i in indices if is_matrix_rule(self._groups[self.bound[i].group_index])]
+            for indices in self.members
+        ]
+
+    @property
+    def unaveraged(self) -> set[int]:
+        """The parameters whose replicas have gradients and momenta of their own (Dion)."""
+        return {
+            index
+            for index, bound in enumerate(self.bound)
+            if self._groups[bound.group_index].get("compressed_gradients")
+        }
+
+    def check(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Compare the setups of all ranks, and agree on the cost model.
+
+        Collectives: one ``broadcast`` and one small comparison on each process group.
+
+        Args:
+            state: Of the optimizer.
+
+        Raises:
+            RuntimeError: Ranks disagree about parameters, settings, layouts or plans.
+            NotImplementedError: An update rule cannot take a layout.
+            ValueError: A parameter has no state.
+        """
+        check_states(self.bound, self._groups, state)
+        for bound in self.bound:
+            group = self._groups[bound.group_index]
+            if is_matrix_rule(group):
+                MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
+        for indices, matrices in zip(self.members, self.matrices, strict=True):
+            first = self.bound[indices[0]]
+            cost = self._options.cost
+            if cost is None:
+                cost = calibrated_cost(first.local(first.storage).device)
+            self._costs[first.group_ranks] = first_value(cost, first.process_group)
+            entries = [(self.bound[i].name, self._digest(self.bound[i])) for i in indices]
+            digest = "none"
+            if matrices:
+                digest = self.plan(matrices, [True] * len(matrices))[0].digest
+            check_same_setup(entries, digest, first.process_group)
+
+    def plan(self, indices: Sequence[int], active: Sequence[bool]) -> tuple[Plan, list[Matrix]]:
+        """The plan of the matrices that travel, and those that do not.
+
+        Args:
+            indices: Matrix parameters of one process group.
+            active: Which of them have a gradient on some rank.
+        """
+        bound = [self.bound[i] for i in indices]
+        kinds = [self._kind(b) for b in bound]
+        travelling, resident = (
+            matrices_of(bound, active, kinds, self._groups, travel=travel)
+            for travel in (True, False)
+        )
+        cost = self._costs.get(bound[0].group_ranks)
+        size = bound[0].layout.group_size
+        return plan_matrices(travelling, size, self._options, cost), resident
+
+    def _kind(self, bound: BoundParameter) -> str:
+        """What must agree for matrices to be one batch."""
+        group = self._groups[bound.group_index]
+        if not is_matrix_rule(group):
+            return str(group["update_rule"])
+        coefficients = resolve_ns_coefficients(group)
+        digest = coefficients.digest if coefficients is not None else "default"
+        settings = [group["method"], digest, group["ns_dtype"], group["backend"]]
+        rule = MATRIX_RULES[group["update_rule"]].kind(group)
+        return f"{rule}:{settings}:{self._options.wire_dtype}"
+
+    def _digest(self, bound: BoundParameter) -> str:
+        """What must agree between ranks about a parameter."""
+        group = self._groups[bound.group_index]
+        keys = ("update_rule", "nesterov", "cautious", "rounding")
+        setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
+        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound))
+        return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
+
+
+__all__ = ["Setup"]
