@@ -1,7 +1,7 @@
 """Checkpoints of Megatron's optimizers with FlashMuon inside.
 
-In the flat formats of the distributed optimizer each parameter has ``exp_avg`` and ``exp_avg_sq``.
-The momentum of a matrix goes by the name of ``exp_avg``.
+In the flat formats of the distributed optimizer each parameter has ``exp_avg`` and ``exp_avg_sq``:
+the momentum of a matrix goes by the first name, AdaMuon's second moment by the second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
+from flashns_dist.optim.rules import RULES
 from flashns_dist.optim.state import plain_state_dict
 
 from .support import check_sharding_type
@@ -82,13 +83,13 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         )
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's, without the zeros that stand for matrices' second moments."""
+        """As Megatron's, without the zeros that stand for states that a rule does not have."""
         found = super().sharded_param_state_fully_reshardable(*args, **kwargs)
         if found is not None:
             order = [param for buffer in self.buffers for param in buffer.param_index_map]
             for index, param in enumerate(order):
-                if self.flashmuon_rules[param] == "muon":
-                    found[index].pop("exp_avg_sq")
+                for name in set(self.optimizer_state_keys) - set(self._names(param)):
+                    found[index].pop(name)
         return found
 
     def save_parameter_state(self, filename: str) -> None:
@@ -111,22 +112,26 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         storage, state = self._of(model_param)
-        if "momentum_buffer" in state:
-            momentum = state["momentum_buffer"]
-            zeros = torch.zeros_like(momentum)
-            return {"param": storage, "exp_avg": momentum, "exp_avg_sq": zeros}
-        return {"param": storage, **{key: state[key] for key in self.optimizer_state_keys}}
+        named = {name: state[ours] for name, ours in self._names(model_param).items()}
+        lacking = {
+            name: torch.zeros_like(named["exp_avg"])
+            for name in self.optimizer_state_keys
+            if name not in named
+        }
+        return {"param": storage, **named, **lacking}
 
     def _set_main_param_and_optimizer_states(
         self, model_param: Tensor, tensors: Mapping[str, Tensor]
     ) -> None:
         storage, state = self._of(model_param)
         storage.detach().copy_(tensors["param"])
-        if "momentum_buffer" in state:
-            state["momentum_buffer"].copy_(tensors["exp_avg"])
-            return
-        for key in self.optimizer_state_keys:
-            state[key].copy_(tensors[key])
+        for name, ours in self._names(model_param).items():
+            state[ours].copy_(tensors[name])
+
+    def _names(self, model_param: Tensor) -> dict[str, str]:
+        """From the names of states in checkpoints to FlashMuon's."""
+        states = RULES[self.flashmuon_rules[model_param]].local_states
+        return dict(zip(self.optimizer_state_keys, states, strict=False))
 
     def _of(self, model_param: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         group_index, order = self.model_param_group_index_map[model_param]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from flashns_dist.optim.rules import RULES
+
 from .internals import attribute, rebind
 from .settings import Settings
 from .support import check_arguments
@@ -79,6 +81,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "original, match_rms_adamw, spectral or none; default: --muon-scale-mode times "
         "--muon-extra-scale-factor",
     )
+    option("update-rule", "of the matrices: muon, adamuon or dion2")
+    group.add_argument(
+        "--flashmuon-rule-settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that only some update rules have, as fraction=0.5 of dion2",
+    )
+    option("aux-update-rule", "of auxiliary parameters: adamw or lion")
     option("aux-lr", "peak learning rate of auxiliary parameters; default: --lr", type=float)
     option("nonfinite", "a NaN or infinity in a gradient: raise or skip the step")
     option("wire-dtype", "in which matrices travel", choices=["fp32", "bf16", "fp16"])
@@ -106,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="PATTERN=RULE",
-        help="muon or adamw for parameters whose name matches",
+        help="muon, adamw or another update rule for parameters whose name matches",
     )
     return parser
 
@@ -115,7 +126,7 @@ def settings_from(args: Any) -> Settings:
     """The settings that parsed arguments hold.
 
     Raises:
-        ValueError: An override is not of the form PATTERN=RULE.
+        ValueError: An override is not of the form PATTERN=RULE, or a rule's setting not KEY=VALUE.
     """
     values = {
         key.removeprefix("flashmuon_"): value
@@ -128,4 +139,25 @@ def settings_from(args: Any) -> Settings:
         if not separator:
             raise ValueError(f"--flashmuon-overrides {entry}: write PATTERN=RULE")
         overrides[pattern] = rule
-    return Settings(**values, overrides=overrides)
+    entries = values.pop("rule_settings", None) or []
+    rule_settings = dict(_rule_setting(entry) for entry in entries)
+    return Settings(**values, overrides=overrides, rule_settings=rule_settings)
+
+
+def _rule_setting(entry: str) -> tuple[str, Any]:
+    """``KEY=VALUE``, with the type of the setting's default."""
+    key, separator, value = entry.partition("=")
+    defaults = {key: default for rule in RULES.values() for key, default in rule.settings.items()}
+    if not separator or key not in defaults:
+        raise ValueError(
+            f"--flashmuon-rule-settings {entry}: write KEY=VALUE with one of {sorted(defaults)}"
+        )
+    if isinstance(defaults[key], str):
+        return key, value
+    expected = "true or false" if isinstance(defaults[key], bool) else "a number"
+    try:
+        if isinstance(defaults[key], bool):
+            return key, {"true": True, "false": False}[value.lower()]
+        return key, float(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"--flashmuon-rule-settings {entry}: write {expected}") from None

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashns_dist.optim import parameter_groups
+from flashns_dist.optim.rules import MATRIX_RULES
 
 from .matrices import is_packed_experts
 from .settings import Settings
@@ -53,7 +54,7 @@ def group_settings(
     ``is_embedding_or_output_parameter`` on a parameter, or an override, say otherwise.
 
     Raises:
-        ValueError: An override matches no parameter on any rank, or names an unknown rule.
+        ValueError: An override matches no parameter on any rank.
     """
     names, owned = parameter_names(chunks), owners(chunks)
     rules: dict[Tensor, str] = {}
@@ -71,10 +72,11 @@ def group_settings(
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             if param.requires_grad:
-                told: dict[str, Any] = {"update_rule": rules[param]}
-                if rules[param] == "muon" and is_packed_experts(name, owned[param]):
+                told: dict[str, Any] = {"update_rule": settings.rule(rules[param])}
+                is_matrix = told["update_rule"] in MATRIX_RULES
+                if is_matrix and is_packed_experts(name, owned[param]):
                     told["is_transposed"] = True
-                if rules[param] == "adamw" and settings.aux_lr is not None:
+                if not is_matrix and settings.aux_lr is not None:
                     told.update(_own_learning_rate(param, config, settings.aux_lr))
                 result[name] = told
     return result
@@ -94,9 +96,6 @@ def _apply_overrides(
 ) -> None:
     if not overrides:
         return
-    for pattern, rule in overrides.items():
-        if rule not in ("muon", "adamw"):
-            raise ValueError(f'--flashmuon-overrides {pattern}={rule}: use "muon" or "adamw"')
     used = set()
     for param in rules:
         matching = [pattern for pattern in overrides if fnmatchcase(names[param], pattern)]

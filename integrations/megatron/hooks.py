@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,10 +88,8 @@ def settings_of(config: Any) -> Settings:
 def _print(resolved: Resolved, added: dict[str, dict[str, Any]]) -> None:
     if dist.get_rank() != 0:
         return
-    counts = {
-        rule: sum(told["update_rule"] == rule for told in added.values())
-        for rule in ("muon", "adamw")
-    }
-    print(f"FlashMuon: {counts['muon']} matrices and {counts['adamw']} auxiliary tensors on rank 0")
+    counts = Counter(told["update_rule"] for told in added.values())
+    found = ", ".join(f"{count} by {rule}" for rule, count in sorted(counts.items()))
+    print(f"FlashMuon: tensors on rank 0: {found}")
     for line in resolved.lines:
         print(f"  {line}")

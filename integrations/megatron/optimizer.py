@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashns_dist.optim import BoundParameter, FlashMuon
-from flashns_dist.optim.flash_muon import init_state
+from flashns_dist.optim.settings import init_state, is_matrix_rule
 
 from .checkpoints import CLASSES
 from .grouping import owners, parameter_names
@@ -57,7 +57,8 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
         for group in optimizer.optimizer.param_groups
     ]
     is_expert = any(group.get("is_expert_parallel", False) for group in groups)
-    inner = FlashMuon([{"params": []}], **resolved.arguments)
+    empty = [{"params": [], "update_rule": rule} for rule in resolved.groups]
+    inner = FlashMuon(empty, **resolved.arguments)
     inner.param_groups = groups
     inner.state.clear()
     for group in groups:
@@ -79,9 +80,7 @@ def _complete_group(
     group: Mapping[str, Any], adam: Mapping[str, Any], resolved: Resolved
 ) -> dict[str, Any]:
     """One of Megatron's groups with FlashMuon's settings instead of Adam's."""
-    rule = group["update_rule"]
-    template = FlashMuon([{"params": [], "update_rule": rule}], **resolved.arguments)
-    settings = {k: v for k, v in template.param_groups[0].items() if k != "params"}
+    settings = dict(resolved.groups[group["update_rule"]])
     if group.get("is_transposed"):
         settings["adjust_lr_fn"] = Transposed(settings["adjust_lr_fn"])
     kept = {key: value for key, value in group.items() if key not in adam}
@@ -158,7 +157,7 @@ class Binding:
             param,
             self._owners[param],
             grid.num_shards,
-            is_matrix=group["update_rule"] == "muon",
+            is_matrix=is_matrix_rule(group),
             split_qkv=self._settings.split_qkv,
             split_gate_up=self._settings.split_gate_up,
         )

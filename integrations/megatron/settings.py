@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from flashns_dist.layout import leading_blocks
 from flashns_dist.optim import ExchangeOptions, FlashMuon, learning_rate_scale
+from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES, RULES
+from flashns_dist.optim.settings import RULE_SETTINGS, check_rule, state_names
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The rows of --muon-coefficient-type: Jordan et al. 2024, and You 2025.
@@ -34,10 +37,15 @@ class Settings:
         ns_dtype: Of the iteration: ``"fp32"``, ``"bf16"``, ``"fp16"`` or None.
         adjust_lr_fn: As FlashMuon's; None for ``--muon-scale-mode`` times
             ``--muon-extra-scale-factor``.
+        update_rule: Of the matrices: ``"muon"``, ``"adamuon"`` or ``"dion2"``.
+        rule_settings: Settings that only some rules have, as ``fraction``, for the rules that have
+            them.
+        aux_update_rule: Of auxiliary parameters: ``"adamw"`` or ``"lion"``.
         aux_lr: Peak learning rate of auxiliary parameters; None for that of the matrices.
         split_qkv: Orthogonalize query, key and value of a fused projection by themselves.
         split_gate_up: Likewise gate and up projection of a gated ``linear_fc1``.
-        overrides: From name patterns to ``"muon"`` or ``"adamw"``.
+        overrides: From name patterns to ``"muon"`` (a matrix), ``"adamw"`` (auxiliary) or another
+            update rule.
         wire_dtype, bucket_bytes, replicas: As ExchangeOptions'; the dtype by name.
     """
 
@@ -46,6 +54,9 @@ class Settings:
     ns_dtype: str | None = None
     backend: str = "auto"
     adjust_lr_fn: str | None = None
+    update_rule: str = "muon"
+    rule_settings: Mapping[str, Any] = field(default_factory=dict)
+    aux_update_rule: str = "adamw"
     aux_lr: float | None = None
     cautious: bool = False
     nonfinite: str = "raise"
@@ -55,6 +66,10 @@ class Settings:
     wire_dtype: str = "bf16"
     bucket_bytes: int = 64 * 2**20
     replicas: str = "auto"
+
+    def rule(self, kind: str) -> str:
+        """The update rule that an override, or the kind of a parameter, stands for."""
+        return {"muon": self.update_rule, "adamw": self.aux_update_rule}.get(kind, kind)
 
 
 @dataclass(frozen=True)
@@ -94,11 +109,13 @@ class Resolved:
     Attributes:
         settings: As given, with ``split_qkv`` as both flags say.
         arguments: FlashMuon's keyword arguments.
+        groups: From the update rules that parameters may have to the settings of their groups.
         lines: For people: what each flag resolves to.
     """
 
     settings: Settings
     arguments: dict[str, Any]
+    groups: dict[str, dict[str, Any]]
     lines: tuple[str, ...]
 
 
@@ -110,7 +127,9 @@ def resolve(config: Any, settings: Settings) -> Resolved:
     where they are not Megatron's defaults; else FlashMuon's method decides.
 
     Raises:
-        ValueError: A flag of Megatron's Muon cannot be honoured; the message names it.
+        ValueError: A flag of Megatron's Muon cannot be honoured, or a setting is unsuitable; the
+            message names it.
+        NotImplementedError: An update rule has a state that checkpoints would lose.
     """
     muon = _MuonFlags(config)
     method, coefficients, steps_line = _iteration(muon, settings)
@@ -144,15 +163,22 @@ def resolve(config: Any, settings: Settings) -> Resolved:
         "cautious": settings.cautious,
         "nonfinite": settings.nonfinite,
         "exchange": exchange,
+        "update_rule": settings.update_rule,
+        **settings.rule_settings,
     }
-    FlashMuon([{"params": []}], **arguments)  # checks the values
+    groups = _groups(settings, arguments)
     split_qkv = settings.split_qkv and bool(muon.value("split_qkv", True))
     resolved = Settings(
         **{f.name: getattr(settings, f.name) for f in fields(Settings) if f.name != "split_qkv"},
         split_qkv=split_qkv,
     )
     lines = [
-        *(f"{key} = {value}" for key, value in arguments.items() if key != "exchange"),
+        *(
+            f"{key} = {value}"
+            for key, value in arguments.items()
+            if key not in ("exchange", "update_rule", *settings.rule_settings)
+        ),
+        *_rule_lines(settings, groups),
         f"wire_dtype = {settings.wire_dtype}, bucket_bytes = {settings.bucket_bytes}, "
         f"replicas = {settings.replicas}",
         f"split_qkv = {split_qkv}, split_gate_up = {settings.split_gate_up}",
@@ -163,7 +189,56 @@ def resolve(config: Any, settings: Settings) -> Resolved:
     ]
     if muon.value("use_syrk", False):
         lines.append("--muon-use-syrk: the backend has symmetric products and chooses by itself")
-    return Resolved(resolved, arguments, tuple(lines))
+    return Resolved(resolved, arguments, groups, tuple(lines))
+
+
+def _groups(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the groups of each update rule are told, checked by FlashMuon itself."""
+    for flag, rule, known in (
+        ("update-rule", settings.update_rule, MATRIX_RULES),
+        ("aux-update-rule", settings.aux_update_rule, AUXILIARY_RULES),
+    ):
+        if rule not in known:
+            raise ValueError(f"--flashmuon-{flag} {rule}: use one of {sorted(known)}")
+    for pattern, rule in settings.overrides.items():
+        try:
+            check_rule(rule)
+        except ValueError as error:
+            raise ValueError(f"--flashmuon-overrides {pattern}={rule}: {error}") from None
+    for key in settings.rule_settings:
+        if key not in RULE_SETTINGS:
+            raise ValueError(
+                f"--flashmuon-rule-settings {key}: the update rules have {sorted(RULE_SETTINGS)}"
+            )
+    kinds = ("muon", "adamw", *settings.overrides.values())
+    rules = dict.fromkeys(settings.rule(kind) for kind in kinds)
+    checked = FlashMuon([{"params": [], "update_rule": rule} for rule in rules], **arguments)
+    for group in checked.param_groups:
+        rule = group["update_rule"]
+        cut = {"step", *RULES[rule].local_states}
+        for name in state_names(group, leading_blocks((1, 1))) - cut:
+            raise NotImplementedError(
+                f"FlashMuon does not support update_rule={rule!r} under Megatron: its state "
+                f"{name!r} is not cut as the parameters are, and the checkpoints of Megatron's "
+                'optimizers hold only states that are. Use "muon", "adamuon", or "dion2" without '
+                "normuon."
+            )
+    return {
+        group["update_rule"]: {k: v for k, v in group.items() if k != "params"}
+        for group in checked.param_groups
+    }
+
+
+def _rule_lines(settings: Settings, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Update rules with their own settings."""
+    lines = []
+    for rule, group in groups.items():
+        own = "".join(f", {key} = {group[key]}" for key in RULES[rule].settings)
+        kind = "matrices" if rule in MATRIX_RULES else "auxiliary parameters"
+        lines.append(f"update_rule of {kind} = {rule}{own}")
+    if "dion2" in groups and groups["dion2"]["nesterov"]:
+        lines.append("--muon-nesterov: dion2 has no Nesterov momentum")
+    return lines
 
 
 class _MuonFlags:
@@ -215,8 +290,8 @@ def _refuse(muon: _MuonFlags) -> None:
     scalar = muon.value("scalar_optimizer", "adam")
     if scalar != "adam":
         raise ValueError(
-            f"--muon-scalar-optimizer {scalar}: FlashMuon's auxiliary parameters get AdamW. Leave "
-            "the flag out."
+            f"--muon-scalar-optimizer {scalar}: FlashMuon's flag for auxiliary parameters is "
+            "--flashmuon-aux-update-rule (adamw or lion). Leave this one out."
         )
 
 

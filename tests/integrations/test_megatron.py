@@ -91,7 +91,10 @@ class Reference:
     """FlashMuon on separately stored matrices in this process, without Megatron."""
 
     def __init__(self, case: Case) -> None:
+        from flashns_dist.integrations.megatron import Settings
+
         self.case = case
+        self.settings = Settings(**case.settings)
         self.whole: dict[str, Tensor] = {}
         self.parts: dict[str, list[nn.Parameter]] = {}
         self.rules: dict[str, str] = {}
@@ -111,7 +114,10 @@ class Reference:
             for rule in ("muon", "adamw"):
                 named = [parts for name, parts in self.parts.items() if self.rules[name] == rule]
                 groups.append(
-                    {"params": [p for parts in named for p in parts], "update_rule": rule}
+                    {
+                        "params": [p for parts in named for p in parts],
+                        "update_rule": self.settings.rule(rule),
+                    }
                 )
             self.optimizer = FlashMuon(
                 [g for g in groups if g["params"]],
@@ -123,6 +129,7 @@ class Reference:
                 aux_weight_decay=0.1,  # Megatron's scheduler would spare vectors
                 betas=(0.9, 0.999),
                 exchange=ExchangeOptions(replica_group=None),
+                **self.settings.rule_settings,
             )
         for name, parts in self.parts.items():
             found = gradients[name]
@@ -187,6 +194,13 @@ def gathered(name: str, param: Tensor, case: Case) -> Tensor:
     return whole
 
 
+OPTIONS = {"equilibrate": True, "renormalize": "rows", "independent_decay": True}
+RULES: dict[str, dict[str, Any]] = {
+    "muon with options, lion": {"rule_settings": OPTIONS, "aux_update_rule": "lion"},
+    "adamuon": {"update_rule": "adamuon", "rule_settings": {"beta2": 0.9}},
+    "dion2": {"update_rule": "dion2", "rule_settings": {"fraction": 0.4}},
+}
+
 BITWISE = {
     "dp2": (2, Case(gated=True)),
     "dp4": (4, Case(gated=True)),
@@ -196,6 +210,11 @@ BITWISE = {
     "tp2, QKV as one matrix": (2, Case(gated=True, tp=2, settings={"split_qkv": False})),
     "dp2, fc1 as one matrix": (2, Case(gated=True, settings={"split_gate_up": False})),
     "ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),
+    **{
+        f"{name}, {ranks}": (2, replace(case, gated=True, settings=settings))
+        for name, settings in RULES.items()
+        for ranks, case in (("dp2", Case()), ("tp2", Case(tp=2)))
+    },
 }
 
 

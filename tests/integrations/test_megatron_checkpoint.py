@@ -26,6 +26,7 @@ from tests.integrations.megatron_training import (
 FULL, BY_DATA = "fully_reshardable", "dp_reshardable"
 PLAIN = Case(gated=True)
 EXPERTS = Case(gated=True, experts=4)
+ADAMUON = Case(gated=True, settings={"update_rule": "adamuon", "aux_update_rule": "lion"})
 
 # name: sharding type, (ranks, case) that saves, (ranks, case) that resumes
 RESUMED = {
@@ -45,6 +46,13 @@ RESUMED = {
         None,
         (2, replace(PLAIN, distributed=False)),
         (2, replace(PLAIN, distributed=False, tp=2)),
+    ),
+    "second moments, tensor parallel": (FULL, (2, ADAMUON), (2, replace(ADAMUON, tp=2))),
+    "second moments, by data rank": (BY_DATA, (2, ADAMUON), (1, ADAMUON)),
+    "second moments, replicated": (
+        None,
+        (2, replace(ADAMUON, distributed=False)),
+        (2, replace(ADAMUON, distributed=False, tp=2)),
     ),
 }
 
@@ -133,6 +141,17 @@ def refuse(folder: str) -> list[str]:
             load(folder, chunks, make_optimizer(PLAIN, chunks), FULL)
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
+        second = replace(PLAIN, settings={"update_rule": "adamuon"})
+        for kind, saved, resumed in ((FULL, second, PLAIN), (BY_DATA, PLAIN, second)):
+            path = Path(folder) / kind
+            path.mkdir()
+            chunks = make_chunks(saved)
+            save(str(path), chunks, make_optimizer(saved, chunks), kind)
+            chunks = make_chunks(resumed)
+            try:
+                load(str(path), chunks, make_optimizer(resumed, chunks), kind)
+            except Exception as error:
+                messages.append(f"{type(error).__name__}: {error}")
     return messages
 
 
@@ -146,5 +165,6 @@ def test_other_formats_and_other_optimizers_are_refused_by_name(
         strict=True,
     ):
         assert f"checkpoint format {kind}" in message
-    assert len(messages) == 5
-    assert messages[4].startswith("ValueError: the checkpoint has no parameter group with")
+    assert len(messages) == 7
+    for message in messages[4:]:
+        assert message.startswith("ValueError: the checkpoint has no parameter group with")

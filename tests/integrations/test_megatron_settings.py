@@ -88,6 +88,63 @@ def test_what_cannot_be_done_is_refused(
         settings.resolve(given, settings.Settings())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"update_rule": "normuon"}, "'normuon' under Megatron: its state 'row_moment'"),
+        ({"update_rule": "dion"}, "'dion' under Megatron: its state 'right_factor'"),
+        ({"overrides": {"*.mlp.*": "dion"}}, "'dion' under Megatron: its state 'right_factor'"),
+        (
+            {"update_rule": "dion2", "rule_settings": {"normuon": True}},
+            "'dion2' under Megatron: its state 'row_moment'",
+        ),
+    ],
+)
+def test_rules_whose_state_checkpoints_would_lose_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        resolved(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"update_rule": "adamw"}, "--flashmuon-update-rule adamw: use one of"),
+        ({"aux_update_rule": "muon"}, "--flashmuon-aux-update-rule muon: use one of"),
+        ({"overrides": {"*.mlp.*": "sgd"}}, r"--flashmuon-overrides \*.mlp.\*=sgd"),
+        ({"rule_settings": {"lr": 0.1}}, "--flashmuon-rule-settings lr: the update rules have"),
+        ({"rule_settings": {"fraction": 0.5}}, "fraction=0.5 is a setting of the update rules"),
+        ({"update_rule": "dion2", "rule_settings": {"fraction": 2.0}}, "fraction=2.0 must be in"),
+    ],
+)
+def test_unsuitable_rules_and_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolved(settings)
+
+
+def test_overrides_name_rules_beside_that_of_the_matrices() -> None:
+    nesterov = next(name for name in vars(config()) if name.endswith("nesterov"))
+    values = resolved(
+        {
+            "update_rule": "adamuon",
+            "rule_settings": {"fraction": 0.5, "equilibrate": True},
+            "overrides": {"*.mlp.*": "dion2", "*.router.*": "muon"},
+        },
+        **{nesterov: True},
+    )
+    assert set(values.groups) == {"adamuon", "adamw", "dion2"}
+    assert values.groups["dion2"]["fraction"] == 0.5
+    assert "fraction" not in values.groups["adamuon"]
+    for expected in (
+        "update_rule of matrices = adamuon, equilibrate = True, renormalize = none, "
+        "independent_decay = False, beta2 = 0.95",
+        "update_rule of auxiliary parameters = adamw",
+        "--muon-nesterov: dion2 has no Nesterov momentum",
+    ):
+        assert expected in values.lines
+
+
 def test_the_banner_says_what_the_flags_resolve_to() -> None:
     text = "\n".join(resolved({"aux_lr": 1e-3, "overrides": {"*.router.*": "muon"}}).lines)
     for expected in ("momentum = 0.95", "aux_lr = 0.001", "*.router.* = muon", "--muon-tp-mode"):
@@ -126,7 +183,12 @@ def test_the_command_line_of_megatron_training(monkeypatch: pytest.MonkeyPatch) 
     parser = module.add_megatron_arguments(argparse.ArgumentParser())
     line = "--optimizer flashmuon --flashmuon-aux-lr 0.001 --no-flashmuon-split-gate-up"
     args = parser.parse_args(
-        [*line.split(), "--flashmuon-overrides", "*.router.*=muon", "--save", "there"]
+        [
+            *line.split(),
+            *("--flashmuon-overrides", "*.router.*=muon", "--save", "there"),
+            *("--flashmuon-update-rule", "dion2", "--flashmuon-aux-update-rule", "lion"),
+            *("--flashmuon-rule-settings", "fraction=0.5", "equilibrate=true", "select=rows"),
+        ]
     )
     assert holder.validate_args(args).optimizer == "flashmuon"
     assert seen == ["adam"]
@@ -135,6 +197,12 @@ def test_the_command_line_of_megatron_training(monkeypatch: pytest.MonkeyPatch) 
     assert not settings.split_gate_up
     assert settings.split_qkv
     assert settings.overrides == {"*.router.*": "muon"}
+    assert (settings.update_rule, settings.aux_update_rule) == ("dion2", "lion")
+    assert settings.rule_settings == {"fraction": 0.5, "equilibrate": True, "select": "rows"}
+    for entry in ("fraction=half", "equilibrate=1", "lr=0.1", "fraction"):
+        args.flashmuon_rule_settings = [entry]
+        with pytest.raises(ValueError, match=f"--flashmuon-rule-settings {entry}: write"):
+            module.validate_args(args)
     args.ckpt_format = "torch"
     with pytest.raises(NotImplementedError, match="--ckpt-format torch:"):
         module.validate_args(args)
