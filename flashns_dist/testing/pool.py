@@ -79,7 +79,10 @@ class RankPool:
                 if answers[rank] is not None:
                     continue
                 if connection.poll(0.01):
-                    answers[rank] = pickle.loads(connection.recv_bytes())
+                    try:
+                        answers[rank] = pickle.loads(connection.recv_bytes())
+                    except EOFError:
+                        answers[rank] = (False, "died before it answered")
                     if not answers[rank][0]:  # the others may be waiting for this rank
                         deadline = min(deadline, time.monotonic() + 5.0)
                 elif not process.is_alive():
