@@ -34,11 +34,16 @@ class RankPool:
     Args:
         size: Number of workers.
         backend: ``"gloo"``, ``"nccl"``, or None to choose by the GPUs present.
+        interpret: Whether Triton kernels run in its interpreter in the workers, whatever the
+            environment says: on the CPU they are not used otherwise.
     """
 
-    def __init__(self, size: int = 4, backend: str | None = None) -> None:
+    def __init__(
+        self, size: int = 4, backend: str | None = None, *, interpret: bool = False
+    ) -> None:
         self._size = size
         self._backend = backend
+        self._interpret = interpret
         self._workers: list[tuple[Any, Connection]] = []
         atexit.register(self.close)
 
@@ -97,7 +102,9 @@ class RankPool:
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, rank, self._backend, paths), daemon=True
+                target=_work,
+                args=(theirs, rank, self._backend, paths, self._interpret),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -119,8 +126,13 @@ def rank_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _work(connection: Connection, rank: int, backend: str | None, paths: list[str]) -> None:
+def _work(
+    connection: Connection, rank: int, backend: str | None, paths: list[str], interpret: bool
+) -> None:
     """The worker's loop: receive a job, run it in a process group of its size, answer."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:] = paths
     torch.set_num_threads(1)
     while True:

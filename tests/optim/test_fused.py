@@ -5,7 +5,6 @@ In Triton's interpreter on the CPU, in ranks of their own; compiled where GPUs a
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -27,17 +26,7 @@ OTHERS = ["columns", "experts", "replicated", "fp32 wire", "cautious, plain mome
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
     """Ranks whose Triton kernels run in the interpreter where there is no GPU."""
-    if torch.cuda.is_available():
-        pool = RankPool(4)
-        yield pool
-        pool.close()
-        return
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    pool = RankPool(4)
-    pool._start()
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
+    pool = RankPool(4, interpret=not torch.cuda.is_available())
     yield pool
     pool.close()
 
@@ -94,6 +83,13 @@ def test_fused_passes_round_as_separate_operations(
     for launched in interpreted.run(size, compare, chosen, {}):
         for kernel in ("momentum_kernel", "copy_kernel", "update_kernel"):
             assert launched[kernel] >= len(chosen)
+
+
+def test_a_rank_that_holds_nothing_takes_part_in_the_rules_collectives(
+    interpreted: RankPool,
+) -> None:
+    needs(4)
+    interpreted.run(4, compare, ["empty shards"], {"update_rule": "adamuon"})
 
 
 def test_fused_passes_on_pieces_of_flat_buffers(interpreted: RankPool) -> None:

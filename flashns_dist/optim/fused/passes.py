@@ -72,10 +72,15 @@ class FusedPasses:
         self, bucket: int, stacks: Sequence[tuple[tuple[int, int], list[int]]]
     ) -> BucketPasses | None:
         schedule = self._exchange.schedules[bucket]
-        names = {
+        # The rules of all matrices, held here or not: their hooks may make collectives.
+        every = [
+            self._exchange.plan.matrices[i].tensor for i in self._exchange.plan.buckets[bucket]
+        ]
+        names = {self._bound[tensor].name for tensor in every if not self._has_rule(tensor)}
+        names |= {
             self._bound[self._exchange.plan.matrices[index].tensor].name
             for index, _ in schedule.held
-            if not self._is_fusable(self._exchange.plan.matrices[index].tensor)
+            if not self._has_memory(self._exchange.plan.matrices[index].tensor)
         }
         dtypes = {
             self._bound[self._exchange.plan.matrices[index].tensor].storage.dtype
@@ -147,18 +152,19 @@ class FusedPasses:
         dtype = dtypes.pop() if dtypes else torch.float32
         return BucketPasses(moved, unpacked, packed, updated, len(stacks), dtype, self._device)
 
-    def _is_fusable(self, tensor: int) -> bool:
-        """Whether a parameter's rule, dtypes and memory are what the kernels take."""
+    def _has_rule(self, tensor: int) -> bool:
+        """Whether a parameter's rule does what the kernels do, and nothing else."""
+        rule = type(MATRIX_RULES[self._groups[self._bound[tensor].group_index]["update_rule"]])
+        return rule.before is Muon.before and rule.after is Muon.after and not rule.selects
+
+    def _has_memory(self, tensor: int) -> bool:
+        """Whether a parameter's dtype, rounding and memory are what the kernels take."""
         bound = self._bound[tensor]
-        group = self._groups[bound.group_index]
-        rule = type(MATRIX_RULES[group["update_rule"]])
         local = bound.local(bound.storage)
+        rounding = self._groups[bound.group_index]["rounding"]
         return (
-            rule.before is Muon.before
-            and rule.after is Muon.after
-            and not rule.selects
-            and local.dtype in _DTYPES
-            and (local.dtype == torch.float32 or group["rounding"] == "nearest")
+            local.dtype in _DTYPES
+            and (local.dtype == torch.float32 or rounding == "nearest")
             and local.is_contiguous()
         )
 
