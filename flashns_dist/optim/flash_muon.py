@@ -226,7 +226,7 @@ class FlashMuon(Optimizer):
                 for index in range(len(self.param_groups))
                 for name, param in self._named(index)
             ]
-        self._setup = Setup(self._bound, self.param_groups, self.exchange_options)
+        self._setup = Setup(self._bound, lambda: self.param_groups, self.exchange_options)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
@@ -271,7 +271,8 @@ class FlashMuon(Optimizer):
             self._checked = True
         gradients, problem = self._local_gradients()
         for (number, _), step in self._steps.items():  # while the device works on the gradients
-            step.prepare(self.state, [gradients[i] for i in setup.matrices[number]])
+            chosen = [gradients[i] for i in setup.matrices[number]]
+            step.prepare(self.param_groups, self.state, chosen)
         found_inf = getattr(self, "found_inf", None)
         verdict = agree_on_gradients(
             self._bound, setup.members, gradients, problem, found_inf, setup.unaveraged

@@ -33,10 +33,13 @@ class GraphedStep:
         return self._step
 
     def prepare(
-        self, state: Mapping[Tensor, dict[str, Any]], gradients: Sequence[Tensor | None]
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
     ) -> None:
         """See ``MatrixStep.prepare``."""
-        self._step.prepare(state, gradients)
+        self._step.prepare(groups, state, gradients)
 
     def run(
         self,
@@ -51,7 +54,7 @@ class GraphedStep:
             self._is_warm = True
             return
         if not step.is_prepared:
-            step.prepare(state, gradients)
+            step.prepare(groups, state, gradients)
         if self._graph is None or step.fused.signature != self._signature:
             self._signature = step.fused.signature
             self._graph = torch.cuda.CUDAGraph()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,20 +24,24 @@ class Setup:
 
     Args:
         bound: All of them, in the same order on every rank of a process group.
-        groups: ``param_groups`` of the optimizer.
+        groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
     """
 
     def __init__(
         self,
         bound: Sequence[BoundParameter],
-        groups: Sequence[dict[str, Any]],
+        groups: Callable[[], Sequence[dict[str, Any]]],
         options: ExchangeOptions,
     ) -> None:
         self.bound = bound
-        self._groups = groups
+        self._present = groups
         self._options = options
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
+
+    @property
+    def _groups(self) -> Sequence[dict[str, Any]]:
+        return self._present()
 
     @cached_property
     def members(self) -> list[list[int]]:

@@ -142,16 +142,20 @@ class MatrixStep:
         return not self._resident and not any(rule.selects for rule in rules)
 
     def prepare(
-        self, state: Mapping[Tensor, dict[str, Any]], gradients: Sequence[Tensor | None]
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
     ) -> None:
         """What the next run needs to know and the host can do before; changes no state.
 
         Args:
+            groups: As ``run`` takes.
             state: As ``run`` takes.
             gradients: As ``run`` takes; their values may still change.
         """
         if self.fused.num_fused:
-            self.fused.begin(gradients, state)
+            self.fused.begin(groups, state, gradients)
         self.is_prepared = True
 
     def run(
@@ -190,7 +194,7 @@ class MatrixStep:
             selections = {index: choice.selection for index, choice in run.choices.items()}
             self.exchange.narrow(selections)
         if not self.is_prepared:
-            self.prepare(state, gradients)
+            self.prepare(groups, state, gradients)
         self.is_prepared = False
         self._run_buckets(run)
         for group_index in present:

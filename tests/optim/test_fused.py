@@ -10,12 +10,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
-from flashns_dist import FlashMuon
+from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
 from flashns_dist.testing.pool import RankPool
-from tests.optim.test_invariance import SCENARIOS, compare_flat_shards, compare_scenarios
+from tests.optim.test_invariance import (
+    SCENARIOS,
+    Scenario,
+    compare_flat_shards,
+    compare_scenarios,
+    compare_with_one_process,
+    full,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -62,6 +70,35 @@ def compare(names: list[str], settings: dict[str, object]) -> dict[str, int]:
     return dict(launched)
 
 
+def compare_one(scenario: Scenario) -> None:
+    count_and_fuse_only_sharded()
+    compare_with_one_process(scenario)
+
+
+def step_with_other_groups() -> None:
+    """DeepSpeed's adapter gives its optimizers new group objects in every step."""
+    launched = count_and_fuse_only_sharded()
+    starts = [full((20, 36), 0), full((33, 17), 1)]
+    found = []
+    for replica_group in ("world", None):  # fused, and not
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        exchange = ExchangeOptions(replica_group=replica_group)
+        optimizer = FlashMuon(params, lr=0.05, exchange=exchange)
+        for step in range(3):
+            groups = [{**optimizer.param_groups[0], "lr": 0.05 / (step + 1), "momentum": 0.9}]
+            optimizer.param_groups = groups
+            for index, param in enumerate(params):
+                param.grad = full(tuple(param.shape), 2, step, index)
+            optimizer.step()
+        found.append(params)
+    assert launched["update_kernel"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_settings_are_those_of_the_present_groups(interpreted: RankPool) -> None:
+    interpreted.run(1, step_with_other_groups)
+
+
 def compare_flat(seed: int) -> dict[str, int]:
     launched = count_and_fuse_only_sharded()
     compare_flat_shards(seed, {})
@@ -89,7 +126,11 @@ def test_a_rank_that_holds_nothing_takes_part_in_the_rules_collectives(
     interpreted: RankPool,
 ) -> None:
     needs(4)
-    interpreted.run(4, compare, ["empty shards"], {"update_rule": "adamuon"})
+    rows = (Shard(0),)
+    matrices = tuple((shape, rows) for shape in ((2, 30), (1, 24), (3, 18), (2, 40), (1, 20)))
+    settings = {"update_rule": "adamuon"}
+    scenario = Scenario((4,), matrices, options={"bucket_bytes": 64}, settings=settings)
+    interpreted.run(4, compare_one, scenario)
 
 
 def test_fused_passes_on_pieces_of_flat_buffers(interpreted: RankPool) -> None:

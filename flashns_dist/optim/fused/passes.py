@@ -73,9 +73,8 @@ class FusedPasses:
     ) -> BucketPasses | None:
         schedule = self._exchange.schedules[bucket]
         # The rules of all matrices, held here or not: their hooks may make collectives.
-        every = [
-            self._exchange.plan.matrices[i].tensor for i in self._exchange.plan.buckets[bucket]
-        ]
+        plan = self._exchange.plan
+        every = {plan.matrices[index].tensor for index in plan.buckets[bucket]}
         names = {self._bound[tensor].name for tensor in every if not self._has_rule(tensor)}
         names |= {
             self._bound[self._exchange.plan.matrices[index].tensor].name
@@ -178,15 +177,18 @@ class FusedPasses:
 
     def begin(
         self,
-        gradients: Sequence[Tensor | None],
+        groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, Mapping[str, Any]],
+        gradients: Sequence[Tensor | None],
     ) -> None:
         """Tell the kernels where this step's parameters are, and the present settings.
 
         Args:
-            gradients: This rank's part of each bound parameter's gradient.
+            groups: ``param_groups`` of the optimizer now: other objects, perhaps, than at setup.
             state: Of the optimizer.
+            gradients: This rank's part of each bound parameter's gradient.
         """
+        self._groups = groups
         addresses = []
         dtypes: set[torch.dtype | None] = set()
         for bound, gradient in zip(self._bound, gradients, strict=True):
