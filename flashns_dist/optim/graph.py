@@ -15,8 +15,9 @@ class GraphedStep:
     """Runs a ``MatrixStep`` eagerly once, then captures it, then replays it.
 
     Where gradients, momenta and weights are, and learning rates, weight decays and momenta are read
-    from memory that every replay refreshes: they may change. The graph keeps its batches' memory
-    until the object goes.
+    from memory that every replay refreshes: they may change. Where another setting or the dtype of
+    the gradients changes, it is captured anew; a step that the fused kernels do not take runs
+    eagerly. The graph keeps its batches' memory until the object goes.
 
     Args:
         step: With ``capture_problem`` None.
@@ -55,6 +56,9 @@ class GraphedStep:
             return
         if not step.is_prepared:
             step.prepare(groups, state, gradients)
+        if not step.fused.is_usable:  # its operations would be captured with these gradients
+            step.run(groups, state, gradients)
+            return
         if self._graph is None or step.fused.signature != self._signature:
             self._signature = step.fused.signature
             self._graph = torch.cuda.CUDAGraph()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -20,10 +21,18 @@ def calibration_path(device: torch.device) -> Path:
 
 
 def calibrated_cost(device: torch.device) -> CostModel | None:
-    """What was measured for this device; None if nothing was, or it cannot be read."""
+    """What was measured for this device; None if nothing was, with a warning if it is damaged."""
+    path = calibration_path(device)
+    if not path.is_file():
+        return None
     try:
-        return CostModel.load(calibration_path(device))
-    except (OSError, ValueError, TypeError):
+        return CostModel.load(path)
+    except (OSError, ValueError, TypeError) as error:
+        warnings.warn(
+            f"{path} is no calibration ({error}): planning for an H200 instead. Calibrate again or "
+            "delete the file.",
+            stacklevel=2,
+        )
         return None
 
 

@@ -84,14 +84,16 @@ def step_with_other_groups() -> None:
         params = [torch.nn.Parameter(start.clone()) for start in starts]
         exchange = ExchangeOptions(replica_group=replica_group)
         optimizer = FlashMuon(params, lr=0.05, exchange=exchange)
-        for step in range(3):
-            groups = [{**optimizer.param_groups[0], "lr": 0.05 / (step + 1), "momentum": 0.9}]
-            optimizer.param_groups = groups
+        for step in range(5):
+            changes = {"lr": 0.05 / (step + 1), "momentum": 0.9}
+            changes["adjust_lr_fn"] = "spectral" if step == 3 else "original"
+            optimizer.param_groups = [{**optimizer.param_groups[0], **changes}]
             for index, param in enumerate(params):
-                param.grad = full(tuple(param.shape), 2, step, index)
+                gradient = full(tuple(param.shape), 2, step, index)
+                param.grad = gradient.T.contiguous().T if step == 1 else gradient
             optimizer.step()
         found.append(params)
-    assert launched["update_kernel"] == 3
+    assert launched["update_kernel"] == 4  # not with gradients that are not contiguous
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

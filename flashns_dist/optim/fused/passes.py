@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import Muon, decay_and_rate
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAPTURED = ("method", "ns_coefficients", "ns_steps", "ns_dtype", "backend", "eps")
 
 
 class FusedPasses:
@@ -56,7 +58,8 @@ class FusedPasses:
         self._exchange = exchange
         self._groups = groups
         self._device = bound[0].local(bound[0].storage).device
-        self._kinds: dict[tuple[int, float], int] = {}
+        self._kinds: dict[tuple[int, tuple[int, int]], int] = {}
+        self._made_for = self._fixed(groups)
         self.not_fused: list[str] = []
         self._buckets = [self._bucket(bucket, stacks) for bucket, stacks in enumerate(batches)]
         self._parameters = torch.zeros((len(bound), 3), dtype=torch.int64, device=self._device)
@@ -169,9 +172,13 @@ class FusedPasses:
 
     def _kind(self, tensor: int, block: Block) -> int:
         """Number of the row of factors that a piece takes."""
-        group_index = self._bound[tensor].group_index
-        scale = learning_rate_scale(self._groups[group_index]["adjust_lr_fn"], block.shape)
-        return self._kinds.setdefault((group_index, scale), len(self._kinds))
+        key = (self._bound[tensor].group_index, block.shape)
+        return self._kinds.setdefault(key, len(self._kinds))
+
+    def _fixed(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+        """The settings that decide whether the kernels take a piece."""
+        indices = sorted({bound.group_index for bound in self._bound})
+        return [(groups[i]["update_rule"], groups[i]["rounding"]) for i in indices]
 
     # Step -------------------------------------------------------------------------------------
 
@@ -198,24 +205,35 @@ class FusedPasses:
                 found = gradient.data_ptr()
             momentum = bound.local(state[bound.storage]["momentum_buffer"])
             addresses.append((found, momentum.data_ptr(), bound.local(bound.storage).data_ptr()))
-        usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES}
+        usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES} and self._fixed(groups) == self._made_for
         self._gradient_dtype = (dtypes or {torch.float32}).pop() if usable else None
         self._is_aligned = all(address % 16 == 0 for row in addresses for address in row)
         self._upload(self._parameters, addresses)
         self._upload(self._factors, [self._factors_of(*kind) for kind in self._kinds] or [[0] * 7])
 
     @property
+    def is_usable(self) -> bool:
+        """Whether the kernels take this step's gradients and settings."""
+        return self._gradient_dtype is not None
+
+    @property
     def signature(self) -> tuple[object, ...]:
-        """What of this step is compiled into the kernels."""
-        return self._gradient_dtype, self._is_aligned
+        """What of this step is in a captured graph, beside what the tables hold."""
+        indices = sorted({bound.group_index for bound in self._bound})
+        settings = []
+        for group in (self._groups[index] for index in indices):
+            keys = (*_CAPTURED, *sorted(MATRIX_RULES[group["update_rule"]].settings))
+            settings += [repr(group[key]) for key in keys]
+        return self._gradient_dtype, self._is_aligned, *settings
 
     @property
     def num_fused(self) -> int:
         """Buckets that the kernels take."""
         return sum(found is not None for found in self._buckets)
 
-    def _factors_of(self, group_index: int, scale: float) -> list[float]:
+    def _factors_of(self, group_index: int, shape: tuple[int, int]) -> list[float]:
         group = self._groups[group_index]
+        scale = learning_rate_scale(group["adjust_lr_fn"], shape)
         mu = float(group["momentum"])
         decay, rate = decay_and_rate(group, scale)
         return [
@@ -225,7 +243,7 @@ class FusedPasses:
 
     def is_fused(self, bucket: int) -> bool:
         """Whether the kernels take a bucket in this step."""
-        return self._buckets[bucket] is not None and self._gradient_dtype is not None
+        return self._buckets[bucket] is not None and self.is_usable
 
     def momentum(self, bucket: int, batches: Sequence[Tensor]) -> None:
         """Update the momenta; write the directions into the send buffer and the batches."""
@@ -320,7 +338,9 @@ def fusing_possible(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cuda":
-        return True
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False  # without importing Triton
     from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting, repair
 
     if interpreting():
