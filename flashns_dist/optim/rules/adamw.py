@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from flashns_dist.layout import Block
 from flashns_dist.optim.rules.rule import AuxiliaryRule
 
 
@@ -18,15 +17,6 @@ class AdamW(AuxiliaryRule):
 
     name = "adamw"
     local_states = ("exp_avg", "exp_avg_sq")
-
-    def init_state(
-        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
-    ) -> dict[str, Tensor]:
-        """Zero moments in the parameter's sharding; ``step`` on its device for the fused kernel."""
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        device = getattr(param, "_local_tensor", param).device
-        zeros = {name: torch.zeros_like(param, dtype=dtype) for name in self.local_states}
-        return {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
 
     def step(
         self,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flashns_dist.layout import Block
 from flashns_dist.optim.rules.rule import AuxiliaryRule
 
 
@@ -17,14 +15,6 @@ class Lion(AuxiliaryRule):
 
     name = "lion"
     local_states = ("exp_avg",)
-
-    def init_state(
-        self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
-    ) -> dict[str, Tensor]:
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        device = getattr(param, "_local_tensor", param).device
-        momentum = torch.zeros_like(param, dtype=dtype)
-        return {"step": torch.zeros((), dtype=torch.float32, device=device), "exp_avg": momentum}
 
     def step(
         self,

@@ -135,8 +135,14 @@ class AuxiliaryRule:
     def init_state(
         self, param: Tensor, group: Mapping[str, Any], blocks: Sequence[Block]
     ) -> dict[str, Tensor]:
-        """Zero state in the parameter's sharding, in fp32 (fp64 for fp64 parameters)."""
-        raise NotImplementedError
+        """Zero state in the parameter's sharding, in fp32 (fp64 for fp64 parameters).
+
+        ``step`` is on the parameter's device, for fused kernels.
+        """
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        device = getattr(param, "_local_tensor", param).device
+        zeros = {name: torch.zeros_like(param, dtype=dtype) for name in self.local_states}
+        return {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
 
     def step(
         self,
