@@ -139,34 +139,29 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return storage, self.optimizer.state[storage]
 
 
-class FlashMuonFloat16Optimizer(Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+class _Replicated:
+    """What the optimizers without flat shards have of FlashMuon's."""
+
+    optimizer: Any
+
+    @staticmethod
+    def _filter_and_reorder_param_groups(
+        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        return _reordered(current_groups, state_dict_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        _add_counts(self.optimizer)
+
+
+class FlashMuonFloat16Optimizer(_Replicated, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
     """State of whole tensor-parallel shards, with fp32 copies of the weights."""
 
-    @staticmethod
-    def _filter_and_reorder_param_groups(
-        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        return _reordered(current_groups, state_dict_groups)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Megatron's."""
-        super().load_state_dict(state_dict)
-        _add_counts(self.optimizer)
-
-
-class FlashMuonFP32Optimizer(FP32Optimizer):  # type: ignore[misc]
+class FlashMuonFP32Optimizer(_Replicated, FP32Optimizer):  # type: ignore[misc]
     """State of whole tensor-parallel shards."""
-
-    @staticmethod
-    def _filter_and_reorder_param_groups(
-        current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        return _reordered(current_groups, state_dict_groups)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Megatron's."""
-        super().load_state_dict(state_dict)
-        _add_counts(self.optimizer)
 
 
 CLASSES = {
