@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -29,6 +26,7 @@ from flashns_dist.orthogonalize.kernels.triton_launch import (
     product_launch,
     symmetric_launch,
 )
+from flashns_dist.orthogonalize.kernels.triton_operators import on_device_of, split_scalars
 from flashns_dist.orthogonalize.kernels.triton_passes import (
     device_facts,
     has_tensor_cores,
@@ -125,7 +123,7 @@ class TritonKernels:
                 x, 1.0 if isinstance(scale, Tensor) else scale, each, transpose, out, norms
             )
         else:
-            with _on_device_of(x):
+            with on_device_of(x):
                 launch_normalize(x, scale, transpose, out, norms)
         return out, norms
 
@@ -167,10 +165,10 @@ class TritonKernels:
         if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
-            numbers, tensors = _split((alpha, beta, gamma))
+            numbers, tensors = split_scalars((alpha, beta, gamma))
             torch.ops.flashns_dist.symmetric(a, b, turned, c, numbers, tensors, out)
         else:
-            with _on_device_of(a):
+            with on_device_of(a):
                 self._symmetric(a, b, turned, c, (alpha, beta, gamma), out)
         return out
 
@@ -203,10 +201,10 @@ class TritonKernels:
         if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
-            numbers, tensors = _split((alpha, beta))
+            numbers, tensors = split_scalars((alpha, beta))
             torch.ops.flashns_dist.product(a, x, c, column_scale, numbers, tensors, transpose, out)
         else:
-            with _on_device_of(a):
+            with on_device_of(a):
                 self._product(a, x, c, column_scale, (alpha, beta), transpose, out)
         return out
 
@@ -229,10 +227,10 @@ class TritonKernels:
         if out.numel() == 0:
             return out
         if torch.compiler.is_compiling():
-            numbers, tensors = _split((alpha, beta, gamma))
+            numbers, tensors = split_scalars((alpha, beta, gamma))
             torch.ops.flashns_dist.combine(a, b, numbers, tensors, out)
         else:
-            with _on_device_of(a):
+            with on_device_of(a):
                 launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
         return out
 
@@ -277,12 +275,12 @@ class TritonKernels:
         if out.numel() == 0:
             return out, shift
         if torch.compiler.is_compiling():
-            numbers, tensors = _split((alpha, scale))
+            numbers, tensors = split_scalars((alpha, scale))
             lengths = [len(row) for row in steps]
             flat = [value for row in steps for value in row]
             torch.ops.flashns_dist.gram_space(x, flat, lengths, numbers, tensors, out)
         else:
-            with _on_device_of(x):
+            with on_device_of(x):
                 launch_gram_space(x, steps, alpha, scale, out)
         return out, shift
 
@@ -414,13 +412,6 @@ def _bind(launch: Callable[[TileConfig], Launch], config: TileConfig) -> Callabl
     return lambda: launch(config).run()
 
 
-def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the one that holds ``t``."""
-    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(t.device)
-
-
 def _check_dtype(operation: str, dtype: torch.dtype) -> None:
     if dtype not in TL_DTYPES:
         raise ValueError(
@@ -436,95 +427,3 @@ def _packed(x: Tensor) -> bool:
 
 def _num_sms(t: Tensor) -> int:
     return device_facts(t.get_device())[2] if t.device.type == "cuda" else 1
-
-
-def _split(scalars: tuple[Scalar, ...]) -> tuple[list[float], list[Tensor | None]]:
-    """Scalars as a custom operator takes them: numbers, and tensors where they are tensors."""
-    numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
-    return numbers, [s if isinstance(s, Tensor) else None for s in scalars]
-
-
-def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Scalar, ...]:
-    return tuple([n if t is None else t for n, t in zip(numbers, tensors, strict=True)])
-
-
-# The operators that torch.compile sees. Outside of it the methods launch directly, which saves the
-# dispatcher's time.
-@cache
-def _compiled_backend() -> TritonKernels:
-    return TritonKernels()
-
-
-@torch.library.custom_op("flashns_dist::symmetric", mutates_args=("out",))
-def _symmetric_op(
-    a: Tensor,
-    b: Tensor,
-    turned: bool,
-    c: Tensor | None,
-    numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    out: Tensor,
-) -> None:
-    with _on_device_of(a):
-        _compiled_backend()._symmetric(a, b, turned, c, _join(numbers, tensors), out)
-
-
-@torch.library.custom_op("flashns_dist::product", mutates_args=("out",))
-def _product_op(
-    a: Tensor,
-    x: Tensor,
-    c: Tensor | None,
-    column_scale: Tensor | None,
-    numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    transpose: bool,
-    out: Tensor,
-) -> None:
-    scalars = _join(numbers, tensors)
-    with _on_device_of(a):
-        _compiled_backend()._product(a, x, c, column_scale, scalars, transpose, out)
-
-
-@torch.library.custom_op("flashns_dist::normalize", mutates_args=("out", "norms"))
-def _normalize_op(
-    x: Tensor, scale: float, scale_each: Tensor | None, transpose: bool, out: Tensor, norms: Tensor
-) -> None:
-    with _on_device_of(x):
-        launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
-
-
-@torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
-def _gram_space_op(
-    x: Tensor,
-    coefficients: Sequence[float],
-    lengths: Sequence[int],
-    numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    out: Tensor,
-) -> None:
-    values = iter(coefficients)
-    steps = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
-    alpha, scale = _join(numbers, tensors)
-    with _on_device_of(x):
-        launch_gram_space(x, steps, alpha, scale, out)
-
-
-@torch.library.custom_op("flashns_dist::combine", mutates_args=("out",))
-def _combine_op(
-    a: Tensor,
-    b: Tensor,
-    numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    out: Tensor,
-) -> None:
-    alpha, beta, gamma = _join(numbers, tensors)
-    with _on_device_of(a):
-        launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
-
-
-def _fake(*_: object) -> None:
-    """Nothing to describe: every operator writes into tensors that exist."""
-
-
-for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op, _combine_op):
-    _operator.register_fake(_fake)

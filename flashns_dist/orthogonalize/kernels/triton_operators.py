@@ -1,0 +1,121 @@
+"""The operators that torch.compile sees in place of the Triton backend's methods.
+
+Outside of it the methods launch directly, which saves the dispatcher's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.triton_passes import (
+    launch_combine,
+    launch_gram_space,
+    launch_normalize,
+)
+from flashns_dist.orthogonalize.kernels.triton_prepared import argument
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the one that holds ``t``."""
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def split_scalars(scalars: tuple[Scalar, ...]) -> tuple[list[float], list[Tensor | None]]:
+    """Scalars as a custom operator takes them: numbers, and tensors where they are tensors."""
+    numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
+    return numbers, [s if isinstance(s, Tensor) else None for s in scalars]
+
+
+def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Scalar, ...]:
+    return tuple([n if t is None else t for n, t in zip(numbers, tensors, strict=True)])
+
+
+@cache
+def _backend() -> Any:
+    from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
+
+    return TritonKernels()
+
+
+@torch.library.custom_op("flashns_dist::symmetric", mutates_args=("out",))
+def _symmetric_op(
+    a: Tensor,
+    b: Tensor,
+    turned: bool,
+    c: Tensor | None,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+) -> None:
+    with on_device_of(a):
+        _backend()._symmetric(a, b, turned, c, _join(numbers, tensors), out)
+
+
+@torch.library.custom_op("flashns_dist::product", mutates_args=("out",))
+def _product_op(
+    a: Tensor,
+    x: Tensor,
+    c: Tensor | None,
+    column_scale: Tensor | None,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    transpose: bool,
+    out: Tensor,
+) -> None:
+    scalars = _join(numbers, tensors)
+    with on_device_of(a):
+        _backend()._product(a, x, c, column_scale, scalars, transpose, out)
+
+
+@torch.library.custom_op("flashns_dist::normalize", mutates_args=("out", "norms"))
+def _normalize_op(
+    x: Tensor, scale: float, scale_each: Tensor | None, transpose: bool, out: Tensor, norms: Tensor
+) -> None:
+    with on_device_of(x):
+        launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
+
+
+@torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
+def _gram_space_op(
+    x: Tensor,
+    coefficients: Sequence[float],
+    lengths: Sequence[int],
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+) -> None:
+    values = iter(coefficients)
+    steps = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
+    alpha, scale = _join(numbers, tensors)
+    with on_device_of(x):
+        launch_gram_space(x, steps, alpha, scale, out)
+
+
+@torch.library.custom_op("flashns_dist::combine", mutates_args=("out",))
+def _combine_op(
+    a: Tensor,
+    b: Tensor,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+) -> None:
+    alpha, beta, gamma = _join(numbers, tensors)
+    with on_device_of(a):
+        launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
+
+
+def _fake(*_: object) -> None:
+    """Nothing to describe: every operator writes into tensors that exist."""
+
+
+for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op, _combine_op):
+    _operator.register_fake(_fake)
