@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
 from torch import Tensor
 
 from flashns_dist.optim.rules import RULES
@@ -139,10 +143,12 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return storage, self.optimizer.state[storage]
 
 
-class _Replicated:
-    """What the optimizers without flat shards have of FlashMuon's."""
+class _Replicated(MegatronOptimizer):  # type: ignore[misc]
+    """What the optimizers without flat shards have of FlashMuon's.
 
-    optimizer: Any
+    Of Megatron's class, so that an object of theirs can become one of ours (its layout in memory is
+    the same).
+    """
 
     @staticmethod
     def _filter_and_reorder_param_groups(
@@ -152,7 +158,7 @@ class _Replicated:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Megatron's."""
-        super().load_state_dict(state_dict)  # type: ignore[misc]
+        super().load_state_dict(state_dict)
         _add_counts(self.optimizer)
 
 
