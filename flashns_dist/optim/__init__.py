@@ -5,8 +5,8 @@ from flashns_dist.optim.classification import ParameterGroups, parameter_groups
 from flashns_dist.optim.converters import load_foreign_state
 from flashns_dist.optim.flash_muon import FlashMuon
 from flashns_dist.optim.learning_rate import learning_rate_scale
+from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.qk_clip import Attention, QKClip, largest_logits
-from flashns_dist.optim.step import ExchangeOptions
 
 __all__ = [
     "Attention",

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from flashns_dist.exchange.probe import all_to_all_seconds, first_value, gather_values
 from flashns_dist.optim.flash_muon import FlashMuon
 from flashns_dist.optim.machine import calibration_path
-from flashns_dist.optim.step import ExchangeOptions
+from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.orthogonalize import orthogonalize
 from flashns_dist.plan import CostModel
 

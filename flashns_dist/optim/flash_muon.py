@@ -25,6 +25,7 @@ from flashns_dist.optim.binding import (
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
+from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.settings import (
     check_group,
@@ -36,7 +37,7 @@ from flashns_dist.optim.settings import (
 )
 from flashns_dist.optim.setup import Setup
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
-from flashns_dist.optim.step import ExchangeOptions, MatrixStep
+from flashns_dist.optim.step import MatrixStep
 from flashns_dist.orthogonalize import Coefficients
 
 _KEPT = (

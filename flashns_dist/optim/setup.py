@@ -12,10 +12,11 @@ from flashns_dist.exchange import check_same_setup
 from flashns_dist.exchange.probe import first_value
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.machine import calibrated_cost
+from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import resolve_ns_coefficients
 from flashns_dist.optim.settings import check_states, is_matrix_rule, rule_settings
-from flashns_dist.optim.step import ExchangeOptions, matrices_of, plan_matrices
+from flashns_dist.optim.step import matrices_of, plan_matrices
 from flashns_dist.plan import CostModel, Matrix, Plan
 
 

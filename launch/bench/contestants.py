@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from flashns_dist import FlashMuon
-from flashns_dist.optim.step import ExchangeOptions
+from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.plan import CostModel
 from launch.bench.case import Problem
 from launch.bench.peers import CARRIED
