@@ -135,14 +135,38 @@ class Exchange:
 
     def launch_gather(self, bucket: int) -> Transfer:
         """``start_gather`` where the send buffer is packed already."""
-        return self._launch(bucket, 0, self.schedules[bucket].gather)
+        return self._launch(bucket, self.schedules[bucket].gather, *self._buffers[bucket % 2][:2])
 
     def launch_scatter(self, bucket: int) -> Transfer:
         """``start_scatter`` where the send buffer is packed already."""
-        return self._launch(bucket, 2, self.schedules[bucket].scatter)
+        return self._launch(bucket, self.schedules[bucket].scatter, *self._buffers[bucket % 2][2:])
+
+    def early_gather(self, bucket: int, directions: Sequence[Tensor]) -> Transfer:
+        """Send what travels of a bucket ahead of its turn, from and into memory of its own.
+
+        Its turn is a later ``start_gather``, which sends nothing then.
+
+        Args:
+            bucket: Index of the bucket.
+            directions: As ``start_gather`` takes.
+        """
+        route = self.schedules[bucket].gather
+        sent, received = (
+            torch.empty(sum(splits), dtype=self.dtype, device=self._device)
+            for splits in (route.send_splits, route.receive_splits)
+        )
+        _copy(
+            [_segment(sent, segment) for segment in route.sends],
+            [directions[segment.held] for segment in route.sends],
+        )
+        return self._launch(bucket, route, sent, received)
 
     def start_gather(
-        self, bucket: int, directions: Sequence[Tensor], into: Mapping[int, Tensor]
+        self,
+        bucket: int,
+        directions: Sequence[Tensor],
+        into: Mapping[int, Tensor],
+        early: Transfer | None = None,
     ) -> Transfer:
         """Send this rank's pieces of a bucket to the owners.
 
@@ -152,12 +176,15 @@ class Exchange:
                 float dtype; cast to the wire dtype while packing.
             into: For each owned matrix, a contiguous ``(rows, cols)`` tensor; pieces that this rank
                 both holds and owns are written now.
+            early: What ``early_gather`` returned, where it has sent them.
         """
         route = self.schedules[bucket].gather
         _copy(
             [self._inside(into[segment.matrix], segment) for segment in route.local],
             [directions[segment.held] for segment in route.local],
         )
+        if early is not None:
+            return early
         return self._start(bucket, 0, route, [directions[segment.held] for segment in route.sends])
 
     def finish_gather(self, bucket: int, transfer: Transfer, into: Mapping[int, Tensor]) -> None:
@@ -207,14 +234,13 @@ class Exchange:
     def _start(
         self, bucket: int, first_buffer: int, route: Route, sources: Sequence[Tensor]
     ) -> Transfer:
-        sent = self._buffers[bucket % 2][first_buffer]
+        sent, received = self._buffers[bucket % 2][first_buffer : first_buffer + 2]
         _copy([_segment(sent, segment) for segment in route.sends], sources)
-        return self._launch(bucket, first_buffer, route)
+        return self._launch(bucket, route, sent, received)
 
-    def _launch(self, bucket: int, first_buffer: int, route: Route) -> Transfer:
-        pair = self._buffers[bucket % 2]
-        sent = pair[first_buffer][: sum(route.send_splits)]
-        received = pair[first_buffer + 1][: sum(route.receive_splits)]
+    def _launch(self, bucket: int, route: Route, sent: Tensor, received: Tensor) -> Transfer:
+        sent = sent[: sum(route.send_splits)]
+        received = received[: sum(route.receive_splits)]
         work = None
         if self._moves[bucket]:
             work = dist.all_to_all_single(

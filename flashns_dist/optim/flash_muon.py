@@ -26,6 +26,7 @@ from flashns_dist.optim.binding import (
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
 from flashns_dist.optim.options import ExchangeOptions
+from flashns_dist.optim.overlap import EarlyGathers, check_overlap
 from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.settings import (
     check_group,
@@ -131,6 +132,7 @@ class FlashMuon(Optimizer):
         self.nonfinite = nonfinite
         self.exchange_options = exchange or ExchangeOptions()
         self.cuda_graph = bool(cuda_graph)
+        check_overlap(self.exchange_options, cuda_graph=self.cuda_graph)
         self._settings = settings
         self._aux_defaults = {"lr": aux_lr, "weight_decay": aux_weight_decay}
         self._bound: list[BoundParameter] = []
@@ -202,11 +204,17 @@ class FlashMuon(Optimizer):
         Args:
             adapter: Called at the next step, and again whenever groups change; returns every
                 logical parameter in the same order on every rank of its process group.
+
+        Raises:
+            ValueError: ``overlap_backward=True``.
         """
+        check_overlap(self.exchange_options, has_adapter=True)
         self._adapter = adapter
         self._unbind()
 
     def _unbind(self) -> None:
+        if "_early" in self.__dict__:
+            self.__dict__.pop("_early").close()
         self._bound, self._steps, self._checked = [], {}, False
 
     def _bind(self) -> None:
@@ -228,6 +236,8 @@ class FlashMuon(Optimizer):
                 for name, param in self._named(index)
             ]
         self._setup = Setup(self._bound, lambda: self.param_groups, self.exchange_options)
+        matrices = self._setup.matrices
+        self._early = EarlyGathers(self, self._bound, matrices, self.exchange_options)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
@@ -275,14 +285,24 @@ class FlashMuon(Optimizer):
             chosen = [gradients[i] for i in setup.matrices[number]]
             step.prepare(self.param_groups, self.state, chosen)
         found_inf = getattr(self, "found_inf", None)
-        verdict = agree_on_gradients(
-            self._bound, setup.members, gradients, problem, found_inf, setup.unaveraged
-        )
-        if self._must_skip(verdict):
-            return loss
-        self._unscale(gradients)
-        for number, indices in enumerate(setup.matrices):
-            self._step_matrices(number, indices, verdict.active, gradients)
+        try:
+            verdict = agree_on_gradients(
+                self._bound,
+                setup.members,
+                gradients,
+                problem,
+                found_inf,
+                setup.unaveraged,
+                self._early.is_outdated(gradients),
+            )
+            if self._must_skip(verdict):
+                return loss
+            self._early.settle(verdict.is_outdated)
+            self._unscale(gradients)
+            for number, indices in enumerate(setup.matrices):
+                self._step_matrices(number, indices, verdict.active, gradients)
+        finally:
+            self._early.drop()
         step_auxiliary(self._bound, self.param_groups, self.state, verdict.active, gradients)
         return loss
 
@@ -334,7 +354,10 @@ class FlashMuon(Optimizer):
             self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
             self._steps[key] = self._matrix_step(indices, flags)
         self._count_steps([self._bound[i] for i in indices if active[i]])
-        self._steps[key].run(self.param_groups, self.state, [gradients[i] for i in indices])
+        step = self._steps[key]
+        if isinstance(step, MatrixStep):
+            self._early.watch(number, step)
+        step.run(self.param_groups, self.state, [gradients[i] for i in indices])
 
     def _matrix_step(
         self, indices: Sequence[int], flags: tuple[bool, ...]
@@ -361,7 +384,8 @@ class FlashMuon(Optimizer):
 
     def release_graphs(self) -> None:
         """Free the CUDA graphs and their memory; the next steps capture anew."""
-        self._steps = {}
+        if self.cuda_graph:
+            self._steps = {}
 
     def _count_steps(self, bound: Iterable[BoundParameter]) -> None:
         storages = {id(b.storage): b.storage for b in bound}.values()

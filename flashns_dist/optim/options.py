@@ -25,6 +25,11 @@ class ExchangeOptions:
             ``"world"``, a process group, or None where each process trains by itself.
         cost: Cost model of the planner; None for what ``flashns_dist.optim.calibration`` measured
             on this machine, or else one H200's. The first rank's holds on all ranks of a group.
+        overlap_backward: Let FSDP2's matrices travel to their owners while the backward pass still
+            runs (``optim/overlap.py``): with the same results, and of use where nothing changes the
+            gradients between the last backward pass and ``step()``.
+        overlap_bytes: Most bytes that a rank buffers for that, of each process group's matrices;
+            what does not fit travels in ``step()``.
     """
 
     wire_dtype: torch.dtype = torch.bfloat16
@@ -32,12 +37,16 @@ class ExchangeOptions:
     replicas: str = "auto"
     replica_group: dist.ProcessGroup | str | None = "world"
     cost: CostModel | None = None
+    overlap_backward: bool = False
+    overlap_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         if not isinstance(self.wire_dtype, torch.dtype) or not self.wire_dtype.is_floating_point:
             raise ValueError(f"wire_dtype={self.wire_dtype} must be a floating-point dtype")
         if self.bucket_bytes <= 0:
             raise ValueError(f"bucket_bytes={self.bucket_bytes} must be positive")
+        if self.overlap_bytes <= 0:
+            raise ValueError(f"overlap_bytes={self.overlap_bytes} must be positive")
         if self.replicas not in ("auto", "share", "repeat"):
             raise ValueError(f'replicas={self.replicas!r}: use "auto", "share" or "repeat"')
         if isinstance(self.replica_group, str) and self.replica_group != "world":

@@ -132,7 +132,8 @@ class Setup:
         group = self._groups[bound.group_index]
         keys = ("update_rule", "nesterov", "cautious", "rounding")
         setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
-        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound))
+        early = (self._options.overlap_backward, self._options.overlap_bytes)
+        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound), early)
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
 
 

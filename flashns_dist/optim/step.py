@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from flashns_dist.optim.fused import FusedPasses
 from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules import MATRIX_RULES, MatrixRule
+from flashns_dist.optim.rules.muon import early_direction
 from flashns_dist.plan import CostModel, Matrix, Plan, make_plan
 
 
@@ -53,7 +54,10 @@ def plan_matrices(
     options: ExchangeOptions,
     cost: CostModel | None = None,
 ) -> Plan:
-    """The plan for matrices of one process group, with a cost model or the options' own."""
+    """The plan for matrices of one process group, with a cost model or the options' own.
+
+    A backward pass makes gradients in the reverse of the order in which the parameters were given.
+    """
     return make_plan(
         matrices,
         group_size,
@@ -61,6 +65,7 @@ def plan_matrices(
         wire_itemsize=options.wire_dtype.itemsize,
         bucket_bytes=options.bucket_bytes,
         replicas=options.replicas,  # type: ignore[arg-type]
+        arrival=range(len(matrices), 0, -1) if options.overlap_backward else None,
     )
 
 
@@ -76,6 +81,7 @@ class MatrixStep:
 
     Attributes:
         is_prepared: Whether ``prepare`` has been called for the next run.
+        early: Buckets that ``gather_early`` has sent; the next run does not send them again.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class MatrixStep:
         batches = [owned_batches(exchange, bucket) for bucket in range(len(plan.buckets))]
         self.fused = FusedPasses(bound, exchange, groups, batches)
         self.is_prepared = False
+        self.early: dict[int, Transfer] = {}
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -121,23 +128,34 @@ class MatrixStep:
             self.fused.begin(groups, state, gradients)
         self.is_prepared = True
 
-    def run(
+    def gather_early(
         self,
+        bucket: int,
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """One step.
+        """Send a bucket to its owners before the next run; changes no state.
 
-        Collectives: two ``all_to_all_single`` per bucket on the process group, and those of the
-        rules.
+        Collectives: the bucket's first ``all_to_all_single``.
 
         Args:
-            groups: ``param_groups`` of the optimizer.
-            state: Its state.
-            gradients: This rank's part of each bound parameter's gradient; None counts as zero.
+            bucket: Its rules' ``before`` must be Muon's.
+            groups: As ``run`` takes.
+            state: As ``run`` takes.
+            gradients: As ``run`` takes; the bucket's must be there.
         """
-        run = Run(
+        run = self._new_run(groups, state, gradients)
+        directions = self._before(bucket, run, early_direction)
+        self.early[bucket] = self.exchange.early_gather(bucket, directions)
+
+    def _new_run(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
+    ) -> Run:
+        return Run(
             self._bound,
             self._plan,
             self.exchange,
@@ -148,6 +166,24 @@ class MatrixStep:
             self._starts,
             self._kept,
         )
+
+    def run(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """One step.
+
+        Collectives: two ``all_to_all_single`` per bucket on the process group (one where the bucket
+        is in ``early``), and those of the rules.
+
+        Args:
+            groups: ``param_groups`` of the optimizer.
+            state: Its state.
+            gradients: This rank's part of each bound parameter's gradient; None counts as zero.
+        """
+        run = self._new_run(groups, state, gradients)
         present = sorted(
             {self._bound[m.tensor].group_index for m in (*self._plan.matrices, *self._resident)}
         )
@@ -177,12 +213,13 @@ class MatrixStep:
 
     def _gather(self, bucket: int, run: Run) -> _UnderWay:
         state = _UnderWay(self.exchange, bucket)
+        early = self.early.pop(bucket, None)
         if self.fused.is_fused(bucket):
-            self.fused.momentum(bucket, state.batches)
-            state.transfer = self.exchange.launch_gather(bucket)
+            self.fused.momentum(bucket, state.batches, early)
+            state.transfer = early or self.exchange.launch_gather(bucket)
         else:
             directions = self._before(bucket, run)
-            state.transfer = self.exchange.start_gather(bucket, directions, state.inputs())
+            state.transfer = self.exchange.start_gather(bucket, directions, state.inputs(), early)
         return state
 
     def _compute(self, bucket: int, run: Run, state: _UnderWay) -> None:
@@ -237,11 +274,13 @@ class MatrixStep:
             for group_index, indices in sorted(matrices.items())
         ]
 
-    def _before(self, bucket: int, run: Run) -> list[Tensor]:
+    def _before(
+        self, bucket: int, run: Run, instead: Callable[[Pieces], list[Tensor]] | None = None
+    ) -> list[Tensor]:
         held = self.exchange.schedules[bucket].held
         directions: list[Tensor] = [torch.empty(0)] * len(held)
         for pieces, positions in self._pieces(bucket, run):
-            found = _rule(pieces.group).before(pieces)
+            found = (instead or _rule(pieces.group).before)(pieces)
             for position, direction in zip(positions, found, strict=True):
                 directions[position] = direction
         return directions

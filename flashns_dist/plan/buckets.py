@@ -18,6 +18,8 @@ class Buckets:
         owners: Of each matrix.
         seconds: To orthogonalize each matrix.
         cap: Elements that a rank may hold of one bucket.
+        arrival: For each matrix, its place in the order of the buckets; None for the order of their
+            shapes, of which a bucket then makes the largest batches.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Buckets:
         owners: Sequence[tuple[int, ...]],
         seconds: Sequence[float],
         cap: int,
+        arrival: Sequence[int] | None = None,
     ) -> None:
         self.matrices, self.group_size, self.owners = matrices, group_size, owners
         self.total = Traffic(group_size)
@@ -44,6 +47,8 @@ class Buckets:
         self.most_owned = max(counts, default=0)
         for indices in self._owned:
             indices.sort(key=lambda i: (matrices[i].work_shape, matrices[i].kind, i), reverse=True)
+            if arrival is not None:
+                indices.sort(key=lambda i: arrival[i])
         alone = [
             matrix.numel * max(-(-matrix.layout.num_replicas // len(ranks)), 1)
             for matrix, ranks in zip(matrices, owners, strict=True)

@@ -24,11 +24,13 @@ def make_plan(
     wire_itemsize: int = 2,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     replicas: Replicas = "auto",
+    arrival: Sequence[int] | None = None,
 ) -> Plan:
     """Decide owners, buckets and their order. Deterministic, pure Python, no collectives.
 
     Owners are balanced over all shapes together (``assign_owners``). Buckets cut every owner's
-    list, sorted by shape, at equal fractions of its time, so that each bucket is balanced too.
+    list, sorted by shape or by ``arrival``, at equal fractions of its time, so that each bucket is
+    balanced too.
 
     Args:
         matrices: In parameter order, the same on every rank.
@@ -40,6 +42,8 @@ def make_plan(
             takes, where that is more.
         replicas: ``"share"`` divides the matrices among replicas, ``"repeat"`` lets each replica
             do all of them without talking to the others, ``"auto"`` takes what is predicted faster.
+        arrival: For each matrix, its place in the order in which gradients arrive, which the
+            buckets then follow; None where all gradients are there before the first bucket.
 
     Raises:
         ValueError: A layout is for another group size, or an argument is out of range.
@@ -63,7 +67,8 @@ def make_plan(
     plans = []
     for share in _share_candidates(matrices, replicas):
         owners = assign_owners(matrices, group_size, seconds, move, share)
-        buckets = Buckets(matrices, group_size, owners, seconds, bucket_bytes // wire_itemsize)
+        cap = bucket_bytes // wire_itemsize
+        buckets = Buckets(matrices, group_size, owners, seconds, cap, arrival)
         plans.append(_finish(buckets, cost, wire_itemsize))
     return min(plans, key=lambda plan: plan.prediction.step_seconds)
 

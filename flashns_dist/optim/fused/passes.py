@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashns_dist.exchange import Exchange
+from flashns_dist.exchange import Exchange, Transfer
 from flashns_dist.layout import Block, Box
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.fused.rows import Rows, rows_of
@@ -245,10 +245,18 @@ class FusedPasses:
         """Whether the kernels take a bucket in this step."""
         return self._buckets[bucket] is not None and self.is_usable
 
-    def momentum(self, bucket: int, batches: Sequence[Tensor]) -> None:
-        """Update the momenta; write the directions into the send buffer and the batches."""
+    def momentum(
+        self, bucket: int, batches: Sequence[Tensor], early: Transfer | None = None
+    ) -> None:
+        """Update the momenta; write the directions into the send buffer and the batches.
+
+        What ``early`` has received is what ``unpack`` then reads.
+        """
         tables = self._tables(bucket)
-        self._upload(tables.buffers[:FIRST_BATCH], self._exchange.addresses(bucket))
+        addresses = self._exchange.addresses(bucket)
+        if early is not None:
+            addresses[GATHER_RECEIVE] = early.received.data_ptr()
+        self._upload(tables.buffers[:FIRST_BATCH], addresses)
         if batches:
             found = [batch.data_ptr() for batch in batches]
             self._upload(tables.buffers[FIRST_BATCH : FIRST_BATCH + len(found)], found)

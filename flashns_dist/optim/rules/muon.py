@@ -60,8 +60,18 @@ class Muon(MatrixRule):
         update_weights(pieces, updates)
 
 
+def early_direction(pieces: Pieces) -> list[Tensor]:
+    """What ``Muon.before`` will return; the momenta stay as they are."""
+    momenta = pieces.state("momentum_buffer")
+    return momentum_direction(pieces.gradients(momenta), momenta, pieces.group, keep=True)
+
+
 def momentum_direction(
-    gradients: Sequence[Tensor], momenta: Sequence[Tensor], group: Mapping[str, Any]
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    group: Mapping[str, Any],
+    *,
+    keep: bool = False,
 ) -> list[Tensor]:
     """Update the momenta in place and return what is to be orthogonalized.
 
@@ -75,17 +85,22 @@ def momentum_direction(
         gradients: This rank's pieces, any float dtype.
         momenta: Pieces of ``momentum_buffer``, fp32 (fp64 for fp64 parameters); changed in place.
         group: Parameter group: ``momentum``, ``nesterov``.
+        keep: Leave the momenta as they are.
     """
     if not momenta:
         return []
     mu = float(group["momentum"])
     cast = [g.to(m.dtype) for g, m in zip(gradients, momenta, strict=True)]
     scaled = torch._foreach_mul(cast, 1 - mu)
-    torch._foreach_mul_(list(momenta), mu)
-    torch._foreach_add_(list(momenta), scaled)
+    if keep:
+        updated = list(torch._foreach_mul(list(momenta), mu))
+    else:
+        updated = list(momenta)
+        torch._foreach_mul_(updated, mu)
+    torch._foreach_add_(updated, scaled)
     if not group["nesterov"]:
-        return list(momenta)
-    directions = torch._foreach_mul(list(momenta), mu)
+        return updated
+    directions = torch._foreach_mul(updated, mu)
     torch._foreach_add_(directions, scaled)
     return list(directions)
 
@@ -178,6 +193,7 @@ __all__ = [
     "Muon",
     "apply_update",
     "decay_and_rate",
+    "early_direction",
     "momentum_direction",
     "orthogonalize_batch",
     "orthogonalized_",

@@ -1,0 +1,334 @@
+"""Gathers during the backward pass of FSDP2: when they go, and that results stay the same."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
+from flashns_dist.testing.pool import RankPool, rank_device
+
+WIDTH, STEPS = 20, 5
+
+
+class Block(nn.Module):
+    """Its matrix of two rows leaves the third of three ranks with an empty shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 34)
+        self.down = nn.Linear(34, WIDTH, bias=False)
+        self.narrow = nn.Linear(WIDTH, 2, bias=False)
+        self.wide = nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.nn.functional.gelu(self.up(x)))
+        return x + self.wide(self.narrow(x).tanh())
+
+
+def build(scheme: str = "fsdp") -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(3)]).to(rank_device())
+    size = dist.get_world_size()
+    shape, names = ((2, size // 2), ("replicate", "shard")) if scheme == "hsdp" else ((size,), None)
+    mesh = init_device_mesh(rank_device().type, shape, mesh_dim_names=names)
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def optimizer_for(model: nn.Module, *, overlap: bool = True, **settings: Any) -> FlashMuon:
+    options = {"bucket_bytes": 1500, **settings.pop("options", {})}
+    exchange = ExchangeOptions(overlap_backward=overlap, **options)
+    return FlashMuon(parameter_groups(model), lr=0.05, exchange=exchange, **settings)
+
+
+def backward(model: nn.Module, *seed: int) -> None:
+    generator = torch.Generator().manual_seed(hash((dist.get_rank(), *seed)))
+    x = torch.randn(6, WIDTH, generator=generator).to(rank_device())
+    model(x).square().mean().backward()
+
+
+def plain(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    backward(model, step)
+
+
+def clipped(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    backward(model, step)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3 if step < 4 else 1e9)
+
+
+def accumulated(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    backward(model, step, 0)
+    backward(model, step, 1)
+
+
+def accumulated_without_sync(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    backward(model, step, 0)
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    backward(model, step, 1)
+
+
+def abandoned(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """Every other step, a backward pass that no step follows."""
+    if step % 2:
+        backward(model, step, 0)
+        optimizer.zero_grad()
+    backward(model, step, 1)
+
+
+def scheduled(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    backward(model, step)
+    optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
+    if step == 3:
+        optimizer.param_groups[0]["momentum"] = 0.8
+
+
+def edited(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """What no version counter sees: one rank writes into memory; a gradient goes."""
+    backward(model, step)
+    param = model[1].up.weight
+    if step == 2 and dist.get_rank() == 1:
+        param.grad.to_local().data.mul_(2)
+    if step == 3:
+        param.grad = None
+
+
+def with_infinity(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    backward(model, step)
+    if step == 2 and dist.get_rank() == 0:
+        model[1].up.weight.grad.to_local()[0, 0] = float("inf")
+
+
+def zeroed_in_place(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    backward(model, step)
+
+
+def train(
+    overlap: bool, scheme: str, before_step: Callable[..., None], settings: dict[str, Any]
+) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
+    """Weights and momenta after each step; what was sent before it and dropped; warnings."""
+    model = build(scheme)
+    optimizer = optimizer_for(model, overlap=overlap, **settings)
+    found: list[Tensor] = []
+    counts: list[tuple[int, int]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            early = getattr(optimizer, "_early", None)
+            before = (early.num_sent, early.num_dropped) if early else (0, 0)
+            before_step(model, optimizer, step)
+            sent = early.num_sent - before[0] if early else 0
+            optimizer.step()
+            dropped = early.num_dropped - before[1] if early else 0
+            counts.append((sent, dropped))
+            optimizer.zero_grad(set_to_none=before_step is not zeroed_in_place)
+            for param in model.parameters():
+                momentum = optimizer.state[param].get("momentum_buffer", param)
+                found += [local(param).clone(), local(momentum).clone()]
+    messages = [str(w.message) for w in caught if "backward pass is not used" in str(w.message)]
+    return found, counts, messages
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def compare(
+    scheme: str, before_step: Callable[..., None], settings: dict[str, Any]
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """The counts and warnings; raises if overlap changes a bit of weights or momenta."""
+    expected, no_counts, no_warnings = train(False, scheme, before_step, settings)
+    found, counts, messages = train(True, scheme, before_step, settings)
+    assert not no_warnings and not any(sent for sent, _ in no_counts)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return counts, messages
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme", "settings"),
+    [
+        (2, "fsdp", {"nesterov": False}),
+        (2, "fsdp", {"update_rule": "normuon"}),
+        (3, "fsdp", {}),
+        (4, "hsdp", {}),
+    ],
+    ids=["plain momentum", "normuon", "empty shards", "hsdp"],
+)
+def test_weights_are_those_without_overlap(
+    ranks: RankPool, size: int, scheme: str, settings: dict[str, Any]
+) -> None:
+    for counts, messages in ranks.run(size, compare, scheme, plain, settings):
+        assert counts[0] == (0, 0)  # there is no plan yet
+        assert all(sent >= 2 and dropped == 0 for sent, dropped in counts[1:])
+        assert not messages
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[RankPool]:
+    """Ranks whose Triton kernels run in the interpreter where there is no GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    pool = RankPool(2, interpret=not torch.cuda.is_available())
+    yield pool
+    pool.close()
+
+
+def compare_fused() -> tuple[list[tuple[int, int]], int]:
+    from flashns_dist.optim.fused import passes
+
+    fused, momentum = [0], passes.FusedPasses.momentum
+
+    def counted(self: passes.FusedPasses, bucket: int, batches: Any, early: Any = None) -> None:
+        fused[0] += early is not None
+        momentum(self, bucket, batches, early)
+
+    passes.FusedPasses.momentum = counted  # type: ignore[method-assign]
+    try:
+        return compare("fsdp", plain, {})[0], fused[0]
+    finally:
+        passes.FusedPasses.momentum = momentum  # type: ignore[method-assign]
+
+
+def test_fused_passes_read_what_came_early(interpreted: RankPool) -> None:
+    for counts, num_fused in interpreted.run(2, compare_fused):
+        assert num_fused == sum(sent for sent, _ in counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("before_step", "used", "message"),
+    [
+        (accumulated_without_sync, [1, 2, 3, 4], None),
+        (zeroed_in_place, [1, 2, 3, 4], None),
+        (accumulated, [], "set_requires_gradient_sync"),
+        (abandoned, [2, 4], "a second backward pass"),
+        (clipped, [], r"weight: its gradient has changed since it arrived \(clipping"),
+        (scheduled, [1, 2, 4], "its momentum or its settings"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_changes_gradients_makes_steps_gather_again(
+    ranks: RankPool, before_step: Callable[..., None], used: list[int], message: str | None
+) -> None:
+    for counts, messages in ranks.run(2, compare, "fsdp", before_step, {}):
+        assert [step for step, (sent, dropped) in enumerate(counts) if sent > dropped] == used
+        if before_step in (accumulated, clipped):  # off after three steps
+            assert [sent > 0 for sent, _ in counts] == [False, True, True, True, False]
+            assert len(messages) == 2 and "overlap_backward is now off" in messages[1]
+        else:
+            assert len(messages) == (message is not None)
+        assert message is None or re.search(message, messages[0])
+
+
+def test_one_ranks_edit_makes_all_gather_again(ranks: RankPool) -> None:
+    first, second = ranks.run(2, compare, "fsdp", edited, {})
+    for counts, messages in (first, second):
+        assert [sent > dropped for sent, dropped in counts] == [False, True, False, False, False]
+        assert counts[4][0] > 0  # for the plan of the step before, which lacked a parameter
+        assert len(messages) == 1
+    assert "1.up.weight: its gradient" in second[1][0]
+    assert "another rank" in first[1][0]
+
+
+def test_a_skipped_step_changes_nothing(ranks: RankPool) -> None:
+    """``compare`` checks weights and momenta; the steps after it use early gathers again."""
+    settings = {"nonfinite": "skip"}
+    for counts, messages in ranks.run(2, compare, "fsdp", with_infinity, settings):
+        assert [sent > dropped for sent, dropped in counts] == [False, True, False, True, True]
+        assert not messages
+
+
+def measure_limited() -> tuple[int, int, int]:
+    options = {"overlap_bytes": 1500}
+    everything = train(True, "fsdp", plain, {})[1][-1][0]
+    found = compare("fsdp", plain, {"options": options})[0][-1][0]
+    model = build()
+    optimizer = optimizer_for(model, options=options)
+    for step in range(2):
+        backward(model, step)
+        if step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    (step,) = optimizer._steps.values()
+    num_bytes = sum(2 * (t.received.numel() + t.sent.numel()) for t in step.early.values())
+    return everything, found, num_bytes
+
+
+def test_early_gathers_keep_to_their_cap(ranks: RankPool) -> None:
+    for everything, found, num_bytes in ranks.run(2, measure_limited):
+        assert 0 < found < everything
+        assert 0 < num_bytes <= 1500
+
+
+def copy_and_free() -> None:
+    model = build()
+    optimizer = optimizer_for(model)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    hooks = model[0].up.weight._post_accumulate_grad_hooks
+    assert len(hooks) == 1
+    again = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    twin = copy.copy(optimizer)
+    optimizer.load_state_dict(again)  # binds anew in the next step
+    assert not hooks
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(hooks) == 1 and optimizer._early.num_sent > 0
+    backward(model, 3)
+    known = weakref.ref(optimizer)
+    del optimizer, twin
+    gc.collect()
+    assert known() is None and not hooks
+    backward(model, 4)
+
+
+def test_an_optimizer_can_be_copied_loaded_and_freed(ranks: RankPool) -> None:
+    ranks.run(2, copy_and_free)
+
+
+def refuse_other_options() -> str:
+    model = build()
+    overlap = dist.get_rank() == 0
+    optimizer = optimizer_for(model, overlap=overlap)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match="setting") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_ranks_must_agree_on_overlap(ranks: RankPool) -> None:
+    assert all(ranks.run(2, refuse_other_options))
+
+
+def test_what_cannot_overlap_is_refused() -> None:
+    exchange = ExchangeOptions(overlap_backward=True, replica_group=None)
+    matrix = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="cuda_graph=True and overlap_backward=True exclude"):
+        FlashMuon([matrix], exchange=exchange, cuda_graph=True)
+    optimizer = FlashMuon([matrix], exchange=exchange)
+    with pytest.raises(ValueError, match="under an adapter"):
+        optimizer.bind(lambda: [])
+    matrix.grad = torch.ones(3, 4)
+    with pytest.warns(UserWarning, match="overlap_backward=True does nothing here"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="overlap_bytes=0"):
+        ExchangeOptions(overlap_bytes=0)
