@@ -157,7 +157,8 @@ def compare(
     """The counts and warnings; raises if overlap changes a bit of weights or momenta."""
     expected, no_counts, no_warnings = train(False, scheme, before_step, settings)
     found, counts, messages = train(True, scheme, before_step, settings)
-    assert not no_warnings and not any(sent for sent, _ in no_counts)
+    assert not no_warnings
+    assert not any(sent for sent, _ in no_counts)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     return counts, messages
 
@@ -230,7 +231,8 @@ def test_what_changes_gradients_makes_steps_gather_again(
         assert [step for step, (sent, dropped) in enumerate(counts) if sent > dropped] == used
         if before_step in (accumulated, clipped):  # off after three steps
             assert [sent > 0 for sent, _ in counts] == [False, True, True, True, False]
-            assert len(messages) == 2 and "overlap_backward is now off" in messages[1]
+            assert len(messages) == 2
+            assert "overlap_backward is now off" in messages[1]
         else:
             assert len(messages) == (message is not None)
         assert message is None or re.search(message, messages[0])
@@ -292,12 +294,14 @@ def copy_and_free() -> None:
         backward(model, step)
         optimizer.step()
         optimizer.zero_grad()
-    assert len(hooks) == 1 and optimizer._early.num_sent > 0
+    assert len(hooks) == 1
+    assert optimizer._early.num_sent > 0
     backward(model, 3)
     known = weakref.ref(optimizer)
     del optimizer, twin
     gc.collect()
-    assert known() is None and not hooks
+    assert known() is None
+    assert not hooks
     backward(model, 4)
 
 
@@ -326,7 +330,7 @@ def test_what_cannot_overlap_is_refused() -> None:
         FlashMuon([matrix], exchange=exchange, cuda_graph=True)
     optimizer = FlashMuon([matrix], exchange=exchange)
     with pytest.raises(ValueError, match="under an adapter"):
-        optimizer.bind(lambda: [])
+        optimizer.bind(list)
     matrix.grad = torch.ones(3, 4)
     with pytest.warns(UserWarning, match="overlap_backward=True does nothing here"):
         optimizer.step()
