@@ -97,6 +97,7 @@ class Setup:
             digest = "none"
             if matrices:
                 digest = self.plan(matrices, [True] * len(matrices))[0].digest
+                digest += str(self._early)
             check_same_setup(entries, digest, first.process_group)
 
     def plan(self, indices: Sequence[int], active: Sequence[bool]) -> tuple[Plan, list[Matrix]]:
@@ -116,6 +117,11 @@ class Setup:
         size = bound[0].layout.group_size
         return plan_matrices(travelling, size, self._options, cost), resident
 
+    @property
+    def _early(self) -> tuple[bool, int]:
+        """What decides which buckets are sent in the backward pass."""
+        return self._options.overlap_backward, self._options.overlap_bytes
+
     def _kind(self, bound: BoundParameter) -> str:
         """What must agree for matrices to be one batch."""
         group = self._groups[bound.group_index]
@@ -132,8 +138,7 @@ class Setup:
         group = self._groups[bound.group_index]
         keys = ("update_rule", "nesterov", "cautious", "rounding")
         setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
-        early = (self._options.overlap_backward, self._options.overlap_bytes)
-        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound), early)
+        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound), self._early)
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
 
 

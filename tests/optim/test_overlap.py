@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
 from flashns_dist.testing.pool import RankPool, rank_device
@@ -45,7 +50,15 @@ def build(scheme: str = "fsdp") -> nn.Module:
     model = nn.Sequential(*[Block() for _ in range(3)]).to(rank_device())
     size = dist.get_world_size()
     shape, names = ((2, size // 2), ("replicate", "shard")) if scheme == "hsdp" else ((size,), None)
+    if scheme == "fsdp+tp":
+        shape, names = (size // 2, 2), ("dp", "tp")
     mesh = init_device_mesh(rank_device().type, shape, mesh_dim_names=names)
+    if scheme == "fsdp+tp":  # two process groups have matrices
+        for block in model:
+            parallelize_module(
+                block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            )
+        mesh = mesh["dp"]
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -59,7 +72,8 @@ def optimizer_for(model: nn.Module, *, overlap: bool = True, **settings: Any) ->
 
 
 def backward(model: nn.Module, *seed: int) -> None:
-    generator = torch.Generator().manual_seed(hash((dist.get_rank(), *seed)))
+    place = model[0].narrow.weight.device_mesh.get_coordinate()  # the same on all tp ranks
+    generator = torch.Generator().manual_seed(hash((*place, *seed)))
     x = torch.randn(6, WIDTH, generator=generator).to(rank_device())
     model(x).square().mean().backward()
 
@@ -127,6 +141,12 @@ def train(
     """Weights and momenta after each step; what was sent before it and dropped; warnings."""
     model = build(scheme)
     optimizer = optimizer_for(model, overlap=overlap, **settings)
+    halfway: list[int] = []  # what was sent when the last block's gradients came
+
+    def look(param: Tensor) -> None:
+        halfway.append(optimizer._early.num_sent if hasattr(optimizer, "_early") else 0)
+
+    model[0].up.weight.register_post_accumulate_grad_hook(look)
     found: list[Tensor] = []
     counts: list[tuple[int, int]] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -143,6 +163,8 @@ def train(
             for param in model.parameters():
                 momentum = optimizer.state[param].get("momentum_buffer", param)
                 found += [local(param).clone(), local(momentum).clone()]
+    if before_step is plain:
+        assert (halfway[1] > 0) == overlap
     messages = [str(w.message) for w in caught if "backward pass is not used" in str(w.message)]
     return found, counts, messages
 
@@ -170,8 +192,9 @@ def compare(
         (2, "fsdp", {"update_rule": "normuon"}),
         (3, "fsdp", {}),
         (4, "hsdp", {}),
+        (4, "fsdp+tp", {}),
     ],
-    ids=["plain momentum", "normuon", "empty shards", "hsdp"],
+    ids=["plain momentum", "normuon", "empty shards", "hsdp", "fsdp+tp"],
 )
 def test_weights_are_those_without_overlap(
     ranks: RankPool, size: int, scheme: str, settings: dict[str, Any]
@@ -311,8 +334,7 @@ def test_an_optimizer_can_be_copied_loaded_and_freed(ranks: RankPool) -> None:
 
 def refuse_other_options() -> str:
     model = build()
-    overlap = dist.get_rank() == 0
-    optimizer = optimizer_for(model, overlap=overlap)
+    optimizer = optimizer_for(model, options={"overlap_bytes": 2000 + dist.get_rank()})
     backward(model, 0)
     with pytest.raises(RuntimeError, match="setting") as caught:
         optimizer.step()

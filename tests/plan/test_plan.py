@@ -244,6 +244,28 @@ def test_buckets_hold_equal_shapes_together() -> None:
     assert sum(map(len, kinds)) <= len(plan.buckets) + len(shapes) - 1
 
 
+def test_buckets_follow_the_arrival_of_gradients() -> None:
+    """The last parameters' first, so that the first bucket need not wait for the last gradient."""
+    shapes = [(64, 64), (64, 128), (128, 64), (32, 64)]
+    matrices = sharded(2, [shapes[t % 4] for t in range(64)])
+    cap = 2 * 4 * 64 * 128
+    plan = make_plan(matrices, 2, bucket_bytes=cap, arrival=range(64, 0, -1))
+    usual = make_plan(matrices, 2, bucket_bytes=cap)
+    assert plan.owners == usual.owners
+    assert plan.digest != usual.digest
+    assert len(plan.buckets) >= 4
+    for owner in ((0,), (1,)):
+        found = [
+            index
+            for bucket in plan.buckets
+            for index in reversed(bucket)
+            if plan.owners[index] == owner
+        ]
+        assert found == sorted(found, reverse=True)
+    assert min(plan.buckets[0]) >= 64 - 2 * 64 // len(plan.buckets)
+    assert max(max(buffered(plan, rank)) for rank in (0, 1)) * 2 <= cap
+
+
 def test_the_digest_tells_plans_apart() -> None:
     base = sharded(2, [(16, 8), (8, 16), (12, 12)])
     other_layout = matrix(placements_layout((12, 12), (Shard(1),), (2,)), 2)
