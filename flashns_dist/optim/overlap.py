@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from flashns_dist.plan import Plan
 from flashns_dist.plan.traffic import Traffic
 
 _PATIENCE = 3  # steps in a row
+_FIRST = 64  # elements
 _SETTINGS = ("update_rule", "momentum", "nesterov")  # that decide what is sent
 _ACCUMULATED = (
     "a second backward pass came before step(). Call model.set_requires_gradient_sync(False) "
@@ -32,8 +33,8 @@ _SCALED = (
     "a GradScaler's factor is still in the gradients. Train in bf16, or without overlap_backward"
 )
 _CHANGED = (
-    "{name}: its gradient has changed since it arrived (clipping, unscaling, averaging, "
-    "zero_grad). Leave that out, or overlap_backward"
+    "gradients have changed since the backward pass (clipping, unscaling, averaging, zero_grad). "
+    "Leave that out, or overlap_backward"
 )
 _CHANGED_STATE = (
     "{name}: its momentum or its settings {settings} have changed since the backward pass"
@@ -68,7 +69,7 @@ class EarlyGathers:
     all ranks then agree on); otherwise it drops them and sends everything itself.
 
     Version counters do not tell whether gradients have changed: ``clip_grad_norm_`` on DTensors and
-    collectives leave them as they are. Sums of magnitudes do: scaling moves them all one way.
+    collectives leave them as they are. So their values are compared (``_fingerprint``).
 
     Only matrices whose gradient is final when the hook is called take part: sharded DTensors, with
     Muon's elementwise ``before``. With ``overlap_backward=False`` nothing does.
@@ -99,9 +100,9 @@ class EarlyGathers:
         self._number: dict[int, int] = {}  # of the process group, of each parameter that takes part
         self._queues: dict[int, _Queue] = {}  # by that number
         self._arrived: set[int] = set()
-        self._noted: dict[int, _Note] = {}
+        self._sent: list[_Sent] = []
         self._problem: str | None = None
-        self._is_changed: Tensor | None = None  # by parameter in _noted
+        self._is_changed: Tensor | None = None  # 0-dim: whether fingerprints have
         self._num_failures = 0
         self._has_warned = False
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
@@ -180,11 +181,11 @@ class EarlyGathers:
             return
         gradients = [gradient for gradient in found.values() if gradient is not None]
         if len(gradients) < len(indices):
-            self._problem = _CHANGED.format(name=self._bound[indices[0]].name)
+            self._problem = _CHANGED
             return
         with self._side_stream(gradients):
-            for index, total in zip(indices, _magnitudes(gradients), strict=True):
-                self._noted[index] = _Note(total, *self._present(index))
+            states = [self._present(index) for index in indices]
+            self._sent.append(_Sent(indices, _fingerprint(gradients), states))
             everyone = [found.get(index) for index in self._matrices[number]]
             queue.step.gather_early(bucket, optimizer.param_groups, optimizer.state, everyone)
         queue.num_sent += 1
@@ -204,14 +205,14 @@ class EarlyGathers:
             gradient.record_stream(side)
         return torch.cuda.stream(side)
 
-    def _present(self, index: int) -> tuple[Tensor, int, tuple[Any, ...]]:
-        """What besides the gradient decides a parameter's direction."""
+    def _present(self, index: int) -> tuple[Any, ...]:
+        """What besides the gradient decides a parameter's direction: the momentum, the settings."""
         bound, optimizer = self._bound[index], self._optimizer()
         assert optimizer is not None
         momentum = optimizer.state[bound.storage]["momentum_buffer"]
         version = momentum._version + bound.local(momentum)._version
         group = self._group(bound)
-        return momentum, version, tuple(group[name] for name in _SETTINGS)
+        return id(momentum), version, *(group[name] for name in _SETTINGS)
 
     # Step -------------------------------------------------------------------------------------
 
@@ -224,34 +225,33 @@ class EarlyGathers:
         Returns:
             Bool, 0-dim, on the gradients' device; None where nothing has been sent.
         """
-        if not self._noted:
+        if not self._sent:
             return None
+        device = self._sent[0].fingerprint.device
         self._problem = self._problem or self._host_problem(gradients)
-        first = next(iter(self._noted.values())).total
         if self._problem is not None:
-            return torch.ones((), dtype=torch.bool, device=first.device)
+            return torch.ones((), dtype=torch.bool, device=device)
         if self._streams is not None:
-            torch.cuda.current_stream(first.device).wait_stream(self._streams[0])
-        chosen = [g for index in self._noted if (g := gradients[index]) is not None]
-        now = torch.stack(_magnitudes(chosen))
-        then = torch.stack([note.total for note in self._noted.values()])
-        self._is_changed = now != then
-        return self._is_changed.any()
+            torch.cuda.current_stream(device).wait_stream(self._streams[0])
+        now = [
+            _fingerprint([g for index in sent.indices if (g := gradients[index]) is not None])
+            for sent in self._sent
+        ]
+        then = torch.cat([sent.fingerprint for sent in self._sent])
+        self._is_changed = (torch.cat(now) != then).any()
+        return self._is_changed
 
     def _host_problem(self, gradients: Sequence[Tensor | None]) -> str | None:
         """What the host can see of changes since the backward pass."""
         if getattr(self._optimizer(), "grad_scale", None) is not None:
             return _SCALED
-        for index, note in self._noted.items():
-            name = self._bound[index].name
-            if gradients[index] is None:
-                return _CHANGED.format(name=name)
-            momentum, version, settings = self._present(index)
-            if momentum is not note.momentum or (version, settings) != (
-                note.version,
-                note.settings,
-            ):
-                return _CHANGED_STATE.format(name=name, settings=_SETTINGS)
+        for sent in self._sent:
+            for index, state in zip(sent.indices, sent.states, strict=True):
+                if gradients[index] is None:
+                    return _CHANGED
+                if self._present(index) != state:
+                    name = self._bound[index].name
+                    return _CHANGED_STATE.format(name=name, settings=_SETTINGS)
         return None
 
     def settle(self, is_outdated: bool) -> None:
@@ -260,10 +260,8 @@ class EarlyGathers:
             self._num_failures = 0
             return
         self._num_failures += 1
-        problem = self._problem
-        if problem is None and self._is_changed is not None and self._is_changed.any():
-            index = list(self._noted)[int(self._is_changed.int().argmax())]
-            problem = _CHANGED.format(name=self._bound[index].name)
+        is_changed = self._is_changed is not None and bool(self._is_changed)
+        problem = self._problem or (_CHANGED if is_changed else _ELSEWHERE)
         self.drop()
         if self._num_failures == _PATIENCE or not self._has_warned:
             after = f"after {_PATIENCE} such steps in a row overlap_backward is switched off"
@@ -272,7 +270,7 @@ class EarlyGathers:
                 after = f"overlap_backward is now off, after {_PATIENCE} such steps in a row"
             warnings.warn(
                 "what was gathered during the backward pass is not used, with the same results but "
-                f"no overlap, because {problem or _ELSEWHERE}. Note: {after}.",
+                f"no overlap, because {problem}. Note: {after}.",
                 stacklevel=5,
             )
             self._has_warned = True
@@ -282,7 +280,7 @@ class EarlyGathers:
         for queue in self._queues.values():
             self._drop(queue)
         self._arrived.clear()
-        self._noted.clear()
+        self._sent.clear()
         self._problem = self._is_changed = None
         device = self._bound[0].local(self._bound[0].storage).device
         if self._number and device.type == "cuda":
@@ -318,16 +316,12 @@ class _Queue:
         )
 
 
-class _Note:
-    """What a direction was computed from."""
+class _Sent(NamedTuple):
+    """What the directions of a bucket were computed from."""
 
-    def __init__(
-        self, total: Tensor, momentum: Tensor, version: int, settings: tuple[Any, ...]
-    ) -> None:
-        self.total = total  # of the gradient's magnitudes
-        self.momentum = momentum
-        self.version = version
-        self.settings = settings
+    indices: Sequence[int]
+    fingerprint: Tensor
+    states: list[tuple[Any, ...]]
 
 
 def _early_buckets(
@@ -354,9 +348,15 @@ def _early_buckets(
     return found
 
 
-def _magnitudes(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Each one's sum of magnitudes, in fp64."""
-    return list(torch._foreach_norm(list(gradients), ord=1, dtype=torch.float64))
+def _fingerprint(gradients: Sequence[Tensor]) -> Tensor:
+    """One-dimensional, fp64: what differs where gradients do.
+
+    The sum of each one's magnitudes, which scaling moves one way in all elements, and its first few
+    elements, which show a change of sign. Another permutation of the elements is not seen.
+    """
+    sums = torch._foreach_norm(list(gradients), ord=1, dtype=torch.float64)
+    firsts = torch.cat([gradient.flatten()[:_FIRST] for gradient in gradients])
+    return torch.cat([torch.stack(list(sums)), firsts.double()])
 
 
 def _arrive(early: weakref.ref[EarlyGathers], index: int, param: Tensor) -> None:

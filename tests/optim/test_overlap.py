@@ -107,6 +107,13 @@ def abandoned(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step, 1)
 
 
+def negated(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """Gradient ascent: every magnitude stays."""
+    backward(model, step)
+    if step == 2:
+        torch._foreach_neg_([param.grad for param in model.parameters()])
+
+
 def scheduled(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step)
     optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
@@ -242,7 +249,8 @@ def test_fused_passes_read_what_came_early(interpreted: RankPool) -> None:
         (zeroed_in_place, [1, 2, 3, 4], None),
         (accumulated, [], "set_requires_gradient_sync"),
         (abandoned, [2, 4], "a second backward pass"),
-        (clipped, [], r"weight: its gradient has changed since it arrived \(clipping"),
+        (clipped, [], r"gradients have changed since the backward pass \(clipping"),
+        (negated, [1, 3, 4], r"gradients have changed"),
         (scheduled, [1, 2, 4], "its momentum or its settings"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -267,7 +275,7 @@ def test_one_ranks_edit_makes_all_gather_again(ranks: RankPool) -> None:
         assert [sent > dropped for sent, dropped in counts] == [False, True, False, False, False]
         assert counts[4][0] > 0  # for the plan of the step before, which lacked a parameter
         assert len(messages) == 1
-    assert "1.up.weight: its gradient" in second[1][0]
+    assert "gradients have changed" in second[1][0]
     assert "another rank" in first[1][0]
 
 
