@@ -61,8 +61,14 @@ def fast(
     """
     n, m = sorted(x.shape[-2:])
     size = entry_scale(n, m)
-    current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
-    current = deflate(kernels, current, size)
+    if {x.dtype, dtype} <= {torch.float16, torch.bfloat16}:
+        # Deflation reads the input as it is: no pass that only scales and casts.
+        packed = x if 1 in x.stride()[-2:] else x.contiguous()
+        scale = kernels.inverse_norms(packed, scale=size)
+        current = deflate(kernels, packed, size, scale=scale, dtype=dtype)
+    else:
+        current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
+        current = deflate(kernels, current, size)
     return _iterate(kernels, current, coefficients, size, x.dtype, transpose)
 
 

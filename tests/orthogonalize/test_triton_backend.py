@@ -224,6 +224,25 @@ def test_normalize_takes_every_finite_scale(shape, transpose, source):
             assert torch.allclose(norms.double(), true_norms, rtol=1e-5, atol=2e-45)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 33), (2, 182, 200)])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_inverse_norms_take_every_scale_and_layout(shape, source):
+    kernels = TritonKernels()
+    for size in (1.0,) if source == torch.float16 else (1e-30, 1.0, 1e30):
+        x = (random(*shape) * size).to(source)
+        x[-1] = 0
+        exact = 3.0 / torch.linalg.vector_norm(x.double(), dim=(1, 2))
+        exact[-1] = 0
+        wide = torch.zeros(shape[0], 200, 300, dtype=source, device=DEVICE)
+        wide = wide[:, : shape[1], : shape[2]].copy_(x)
+        for view in (x, x.mT.contiguous().mT, wide):
+            for backend in (kernels, REFERENCE):
+                found = backend.inverse_norms(view, scale=3.0)
+                assert torch.allclose(found.double(), exact.to(found.device), rtol=1e-5, atol=0)
+    x[0, 1, 2] = torch.nan
+    assert kernels.inverse_norms(x).isnan().tolist() == [True] + [False] * (shape[0] - 1)
+
+
 def test_normalize_isolates_zeros_and_nans():
     kernels = TritonKernels()
     for shape in ((3, 20, 33), (3, 182, 200)):

@@ -31,6 +31,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """``scale / ||x||_F`` of each matrix, ``(batch,)`` fp32; zero for a zero matrix.
+
+        For norms between 1e-35 and 1e35: beyond, it is what fp32 holds of it.
+        """
+        ...
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """``alpha * x x^T`` (exactly symmetric)."""
         ...

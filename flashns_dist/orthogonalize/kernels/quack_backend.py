@@ -67,6 +67,10 @@ class QuackKernels:
         """See ``interface.Kernels.normalize``."""
         return self._other.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        return self._other.inverse_norms(x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
         if isinstance(alpha, Tensor) or not _fits(x, out) or x.numel() == 0:

@@ -144,6 +144,10 @@ class SelectedKernels:
         """See ``interface.Kernels.normalize``."""
         return self._default.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        return self._default.inverse_norms(x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
 

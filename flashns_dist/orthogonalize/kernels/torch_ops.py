@@ -41,6 +41,11 @@ class TorchKernels:
         norms = (norm.to(wide) * safe).float().flatten()
         return (result.mT.contiguous() if transpose else result), norms
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
+        return torch.where(norms == 0, 0, scale / norms).float()
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
         return self.symmetric(x, x.mT, alpha=alpha, out=out)

@@ -32,6 +32,7 @@ from flashns_dist.orthogonalize.kernels.triton_passes import (
     has_tensor_cores,
     launch_combine,
     launch_gram_space,
+    launch_inverse_norms,
     launch_normalize,
     scale_columns,
 )
@@ -126,6 +127,22 @@ class TritonKernels:
             with on_device_of(x):
                 launch_normalize(x, scale, transpose, out, norms)
         return out, norms
+
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``; reads ``x`` once."""
+        if x.dtype == torch.float64:
+            return TorchKernels().inverse_norms(x, scale=scale)
+        if not _packed(x):
+            x = x.mT if _packed(x.mT) else x.contiguous()
+        out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        if x.numel() == 0:
+            return out.zero_()
+        if torch.compiler.is_compiling():
+            torch.ops.flashns_dist.inverse_norms(x, scale, out)
+        else:
+            with on_device_of(x):
+                launch_inverse_norms(x, scale, out)
+        return out
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""

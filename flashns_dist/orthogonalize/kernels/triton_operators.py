@@ -17,6 +17,7 @@ from flashns_dist.orthogonalize.kernels.interface import Scalar
 from flashns_dist.orthogonalize.kernels.triton_passes import (
     launch_combine,
     launch_gram_space,
+    launch_inverse_norms,
     launch_normalize,
 )
 from flashns_dist.orthogonalize.kernels.triton_prepared import argument
@@ -84,6 +85,12 @@ def _normalize_op(
         launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
 
 
+@torch.library.custom_op("flashns_dist::inverse_norms", mutates_args=("out",))
+def _inverse_norms_op(x: Tensor, scale: float, out: Tensor) -> None:
+    with on_device_of(x):
+        launch_inverse_norms(x, scale, out)
+
+
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
 def _gram_space_op(
     x: Tensor,
@@ -117,5 +124,12 @@ def _fake(*_: object) -> None:
     """Nothing to describe: every operator writes into tensors that exist."""
 
 
-for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op, _combine_op):
+for _operator in (
+    _symmetric_op,
+    _product_op,
+    _normalize_op,
+    _inverse_norms_op,
+    _gram_space_op,
+    _combine_op,
+):
     _operator.register_fake(_fake)
