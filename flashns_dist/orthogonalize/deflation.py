@@ -89,9 +89,7 @@ def deflate(
     a, weights = shrink_factors(kernels, image, signs, size, dtype)
     projection = kernels.product(a, wide, alpha=unit, dtype=dtype)
     left, right = (projection.mT, weights) if tall else (weights.mT, projection)
-    return kernels.product(
-        left, right, alpha=-1.0, c=x, beta=scale, transpose=tall, dtype=dtype
-    )
+    return kernels.product(left, right, alpha=-1.0, c=x, beta=scale, transpose=tall, dtype=dtype)
 
 
 def shrink_factors(

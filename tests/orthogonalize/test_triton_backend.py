@@ -92,6 +92,23 @@ def test_products_are_as_exact_as_torch(batch, n, m, dtype, descriptors):
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_shift_and_an_addend_of_another_dtype(dtype, descriptors, transpose):
+    kernels = kernels_of(descriptors)
+    a, b = (random(2, 72, 72, seed=seed, dtype=dtype) / 8 for seed in (0, 1))
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    c = random(2, 72, 72, seed=2, dtype=other)
+    beta = torch.tensor([0.3, -2.0], device=DEVICE)
+    scalars = {"alpha": 0.7, "beta": beta, "shift": -5.0, "transpose": transpose}
+    found = kernels.product(a, b, c=c, **scalars)
+    exact = 0.7 * a.double() @ b.double() - 3.5 * a.double()
+    exact = exact + beta[:, None, None] * c.double()
+    expected = REFERENCE.product(a, b, c=c, **scalars)
+    assert_as_good(found, expected, exact.mT if transpose else exact)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
 def test_scalars_may_differ_by_matrix(descriptors):
     kernels = kernels_of(descriptors)
     x = random(3, 40, 56, dtype=torch.float16) / 8
@@ -354,6 +371,7 @@ def test_torch_compile_sees_one_operator_per_product():
         gram = kernels.gram(x, alpha=norms / 100)
         gram = kernels.symmetric(gram, gram, c=gram, beta=0.5, gamma=1.0)
         factor, _ = kernels.gram_space(x, ROWS[:2], alpha=1 / 16)
+        gram = kernels.product(gram, gram, alpha=kernels.inverse_norms(x), shift=2.0)
         return kernels.product(gram + factor, x, column_scale=scale, transpose=True)
 
     expected = function(x, scale)

@@ -74,8 +74,8 @@ def symmetric(tensors, scalars=(0.5, 2.0, 0.0), tma=True):
     )
 
 
-def product(tensors, scalars=(0.5, 2.0), tma=True):
-    a, x, c, out = tensors
+def product(tensors, scalars=(0.5, 2.0, 0.0), tma=True):
+    a, x, c, _, out = tensors
     return product_launch(
         a, x, c, out, scalars, False, config=CONFIG, tma=tma, input_precision="ieee"
     )
@@ -86,13 +86,18 @@ def product(tensors, scalars=(0.5, 2.0), tma=True):
 @pytest.mark.parametrize("each", [False, True])
 def test_a_repeated_launch_passes_what_triton_would(make, tma, each):
     calls = []
-    scalars = [torch.ones(2) if each else 0.5 + i for i in range(3 if make is symmetric else 2)]
-    first = make(operands(), tuple(scalars), tma)
+    scalars = [torch.ones(2) if each else 0.5 + i for i in range(3)]
+    if make is product:  # a shift is always a number, and the fourth operand is `a` again
+        scalars[2] = 2.5
+    count = 4 if make is symmetric else 5
+    first = make(operands(count), tuple(scalars), tma)
     kernel = compiled(first, calls)
     again = prepared.prepare(first, kernel, 1)
     assert calls == []  # preparing launches nothing
-    tensors = operands()
-    scalars = [torch.ones(2) if each else 7.5 + i for i in range(len(scalars))]
+    tensors = operands(count)
+    scalars = [torch.ones(2) if each else 7.5 + i for i in range(3)]
+    if make is product:
+        tensors[3], scalars[2] = tensors[0], 9.5
     other = make(tensors, tuple(scalars), tma)
     _, values = prepared.key_and_values(tensors, scalars)
     again(values)

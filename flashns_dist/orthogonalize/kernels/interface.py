@@ -68,12 +68,15 @@ class Kernels(Protocol):
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``alpha * (a diag(column_scale)) x + beta * c``, written transposed if asked.
+        """``alpha * (a diag(column_scale)) (x + shift I) + beta * c``, written transposed if asked.
+
+        A ``shift`` is for square ``x``; what it adds is neither rounded nor computed apart.
 
         ``column_scale`` is ``(batch, n)`` fp32, the row scale of an AOL preconditioner folded into
         the last product. ``dtype`` is the output's (default: ``x.dtype``).

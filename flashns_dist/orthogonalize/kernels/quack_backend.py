@@ -108,6 +108,7 @@ class QuackKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -115,7 +116,7 @@ class QuackKernels:
     ) -> Tensor:
         """See ``interface.Kernels.product``."""
         numbers = not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
-        half = (dtype or x.dtype) in _HALF and column_scale is None
+        half = (dtype or x.dtype) in _HALF and column_scale is None and shift == 0.0
         if not numbers or not half or not _fits(a, x, c, out) or x.numel() == 0:
             return self._other.product(
                 a,
@@ -123,6 +124,7 @@ class QuackKernels:
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,

@@ -78,6 +78,7 @@ class CublasKernels(TorchKernels):
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -85,7 +86,7 @@ class CublasKernels(TorchKernels):
     ) -> Tensor:
         """See ``interface.Kernels.product``."""
         result = out.dtype if out is not None else dtype or x.dtype
-        plain = c is None and column_scale is None and not transpose
+        plain = c is None and shift == 0.0 and column_scale is None and not transpose
         if not plain or isinstance(alpha, Tensor) or result != a.dtype:
             return super().product(
                 a,
@@ -93,6 +94,7 @@ class CublasKernels(TorchKernels):
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,
@@ -183,6 +185,7 @@ class SelectedKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -197,6 +200,7 @@ class SelectedKernels:
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,
@@ -204,7 +208,8 @@ class SelectedKernels:
             )
 
         result = out.dtype if out is not None else dtype or x.dtype
-        kind = f"product_{'t' if transpose else 'n'}{'' if c is None else 'c'}_{str(result)[6:]}"
+        parts = ("t" if transpose else "n", "" if c is None else "c", "s" if shift else "")
+        kind = f"product_{''.join(parts)}_{str(result)[6:]}"
         return self._run(kind, a, x.shape[2], (alpha, beta, column_scale), call)
 
     def __getattr__(self, name: str) -> Any:

@@ -48,9 +48,7 @@ def shrink_factors(
     constants = {"K": k, "BLOCK": BLOCK, "PRECISION": _precision(image)}
     options = {"num_warps": 4, "num_stages": 4}
     basis, shrink = {"ROW": basis_row}, {"ROW": shrink_row, "WEIGHT": weight}
-    _launch(
-        "shrink_basis_kernel", grid, (image, signs, a), (n, size), basis | constants, options
-    )
+    _launch("shrink_basis_kernel", grid, (image, signs, a), (n, size), basis | constants, options)
     _launch(
         "shrink_weights_kernel", grid, (a, weights), (n, size, margin), shrink | constants, options
     )

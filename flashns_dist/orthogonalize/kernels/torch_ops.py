@@ -77,6 +77,7 @@ class TorchKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -86,6 +87,8 @@ class TorchKernels:
         if column_scale is not None:
             a = (a * column_scale[:, None, :]).to(a.dtype)
         result = _combine(a, x, alpha, c, beta)
+        if shift != 0.0:
+            result = result + a.to(result.dtype) * _column(alpha * shift)
         if transpose:
             result = result.mT.contiguous()
         return _deliver(result, dtype or x.dtype, out)

@@ -197,6 +197,7 @@ class TritonKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -218,11 +219,11 @@ class TritonKernels:
         if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
-            numbers, tensors = split_scalars((alpha, beta))
+            numbers, tensors = split_scalars((alpha, beta, shift))
             torch.ops.flashns_dist.product(a, x, c, column_scale, numbers, tensors, transpose, out)
         else:
             with on_device_of(a):
-                self._product(a, x, c, column_scale, (alpha, beta), transpose, out)
+                self._product(a, x, c, column_scale, (alpha, beta, shift), transpose, out)
         return out
 
     def combine(
@@ -351,8 +352,10 @@ class TritonKernels:
         if column_scale is not None:
             a = scale_columns(a, column_scale)
         third = out if c is None else c
+        shifted = scalars[2] != 0.0
+        fourth = a if shifted else out
         arguments = tuple([argument(scalar) for scalar in scalars])
-        facts, values = key_and_values((a, x, third, out), arguments)
+        facts, values = key_and_values((a, x, third, fourth, out), arguments)
 
         def make() -> Launch:
             tma = self._descriptors_usable(a, x, c, out) and described(out) is False
@@ -370,11 +373,11 @@ class TritonKernels:
             def default() -> TileConfig:
                 return default_product(configs, batch, n, m, _num_sms(a))
 
-            kind = "product_t" if transpose else "product"
+            kind = f"product{'_t' if transpose else ''}{'_s' if shifted else ''}"
             return self._choose(kind, configs, default, launch, a, (n, k, m), tma)
 
         device = a.get_device()
-        key = ("product", transpose, c is None, a.shape, x.shape, facts, device)
+        key = ("product", transpose, c is None, shifted, a.shape, x.shape, facts, device)
         self._launches.launch(key, device, values, make)
 
     def _descriptors_usable(self, *tensors: Tensor | None) -> bool:

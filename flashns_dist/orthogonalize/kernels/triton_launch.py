@@ -114,13 +114,15 @@ def product_launch(
     tma: bool,
     input_precision: str,
 ) -> Launch:
-    """Writes ``alpha * a x + beta * c`` to ``out``; see ``product_kernel``."""
+    """Writes ``alpha * a (x + shift I) + beta * c`` to ``out``; see ``product_kernel``."""
     batch, n, k = a.shape
     m = x.shape[2]
     grid = batch * -(-n // config.rows) * -(-m // config.cols)
     third = out if c is None else c
+    shifted = scalars[2] != 0.0
+    fourth = a if shifted else out
     a_swapped = x_swapped = c_swapped = False
-    operands: tuple[Any, ...] = (a, x, third, out)
+    operands: tuple[Any, ...] = (a, x, third, fourth, out)
     if tma:
         rows, cols, depth = config.rows, config.cols, config.depth
         a_swapped, x_swapped = bool(described(a)), bool(described(x))
@@ -131,10 +133,12 @@ def product_launch(
             descriptor(a, a_swapped, rows, depth),
             descriptor(x, x_swapped, depth, cols),
             out_descriptor if c is None else descriptor(c, c_swapped, rows, cols),
+            descriptor(a, a_swapped, rows, cols) if shifted else out_descriptor,
             out_descriptor,
         )
     constants = {
         "HAS_C": c is not None,
+        "SHIFTED": shifted,
         "ALPHA_EACH": isinstance(scalars[0], Tensor),
         "BETA_EACH": isinstance(scalars[1], Tensor),
         "A_SWAPPED": a_swapped,

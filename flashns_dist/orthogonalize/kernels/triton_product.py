@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernel of the general products: ``alpha * a x + beta * c``, transposed if asked."""
+"""Triton kernel of the general products: ``alpha * a (x + shift I) + beta * c``."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,11 @@ def product_kernel(
     a,  # (batch, n, k): descriptor or pointer
     x,  # (batch, k, m)
     c,  # (batch, n, m)
+    d,  # a itself, whose descriptor has blocks as those of out: for SHIFTED
     out,  # (batch, n, m), or (batch, m, n) with TRANSPOSE
     alpha,  # fp32, or pointer to one per matrix
     beta,
+    shift,  # fp32
     n,
     m,
     k,
@@ -31,6 +33,7 @@ def product_kernel(
     stride_or,
     stride_oc,
     HAS_C: tl.constexpr,
+    SHIFTED: tl.constexpr,
     ALPHA_EACH: tl.constexpr,
     BETA_EACH: tl.constexpr,
     A_SWAPPED: tl.constexpr,
@@ -69,7 +72,13 @@ def product_kernel(
             x, batch, k0, col0, (k, m), x_strides, BLOCK_K, BLOCK_M, TMA, X_SWAPPED
         )  # fmt: skip
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    result = acc * scalar(alpha, batch, ALPHA_EACH)
+    factor = scalar(alpha, batch, ALPHA_EACH)
+    result = acc * factor
+    if SHIFTED:
+        old = load_block(
+            d, batch, row0, col0, (n, k), a_strides, BLOCK_N, BLOCK_M, TMA, A_SWAPPED
+        )  # fmt: skip
+        result = tl.fma(old.to(tl.float32), factor * shift, result)
     if HAS_C:
         old = load_block(
             c, batch, row0, col0, (n, m), c_strides, BLOCK_N, BLOCK_M, TMA, C_SWAPPED
