@@ -85,7 +85,7 @@ def bound_scalars(norm: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums_of_squares(matrix: Tensor) -> Tensor:
-    """Sum of squares of each tile of the lower triangle and its mirror image, ``(batch, tiles)``."""
+    """Sums of squares of the lower triangle's tiles and their mirror images, ``(batch, tiles)``."""
     matrix = matrix.contiguous()
     batch, n, _ = matrix.shape
     blocks = -(-n // TILE)
