@@ -79,7 +79,8 @@ def measure(record: Record, suite: str, cases: dict[str, Case]) -> None:
                 ratios.append(error / reference)
             failed += sigma > MAX_SIGMA or error > max(MAX_RATIO * reference, SMALL_ERROR)
         record.write(
-            "gates", suite=suite, input=str(x.dtype), method=method, coefficients=coefficients, dtype=str(dtype),
+            "gates", suite=suite, input=str(x.dtype), method=method,
+            coefficients=coefficients, dtype=str(dtype),
             worst_over_gram=round(max(ratios), 5), gates_failed=failed, errors=errors,
             sigmas=sigmas,
         )  # fmt: skip
