@@ -12,7 +12,8 @@ OUT=${OUT:-results} PARTS=${PARTS:-tests orthogonalize step}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 NCCL_NVLS_ENABLE=0
 export FLASHNS_DIST_CACHE=${FLASHNS_DIST_CACHE:-/tmp/flashns-dist} PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD
 mkdir -p "$OUT"
-[ -e flashns_dist/integrations ] || ln -s ../integrations flashns_dist/integrations  # not installed
+# Where the package is not installed: what installing maps there.
+python3 -c 'import flashns_dist.integrations' 2>/dev/null || ln -sfn ../integrations flashns_dist/integrations
 GPUS=$(nvidia-smi -L | wc -l)
 begin=$(date +%s)
 say() { echo "[$(($(date +%s) - begin)) s] $*"; }
