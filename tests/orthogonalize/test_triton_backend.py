@@ -20,6 +20,8 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from flashns_dist.orthogonalize.gram import run_steps  # noqa: E402
+from flashns_dist.orthogonalize.kernels.combine import combine  # noqa: E402
+from flashns_dist.orthogonalize.kernels.interface import Multiple  # noqa: E402
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig  # noqa: E402
@@ -106,6 +108,27 @@ def test_a_shift_and_an_addend_of_another_dtype(dtype, descriptors, transpose):
     exact = exact + beta[:, None, None] * c.double()
     expected = REFERENCE.product(a, b, c=c, **scalars)
     assert_as_good(found, expected, exact.mT if transpose else exact)
+    for backend in (kernels, REFERENCE):
+        multiple = backend.product(a, b, c=c, **scalars | {"beta": Multiple(beta / 4, 4.0)})
+        assert torch.equal(multiple, backend.product(a, b, c=c, **scalars))
+
+
+def test_multiples_are_multiplied_where_they_are_read():
+    x = random(3, 40, 56, dtype=torch.float16) / 8
+    values = torch.tensor([0.5, 2.0, -1.0], device=DEVICE)
+    multiple = 0.5 * Multiple(values * 4) / 2.0  # powers of two: no rounding
+    for kernels in (TritonKernels(), REFERENCE):
+        gram = kernels.gram(x, alpha=multiple)
+        assert torch.equal(gram, kernels.gram(x, alpha=values))
+        for name in ("alpha", "beta", "gamma"):
+            given = {"alpha": 0.5, "beta": 2.0, "gamma": 0.25, name: multiple}
+            plain = given | {name: values}
+            found = kernels.symmetric(gram, gram, c=gram, **given)
+            assert torch.equal(found, kernels.symmetric(gram, gram, c=gram, **plain)), name
+            found = combine(kernels, gram, gram, **given)
+            assert torch.equal(found, combine(kernels, gram, gram, **plain)), name
+    square = multiple * multiple
+    assert torch.equal(square.tensor(), values * values)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -368,7 +391,7 @@ def test_torch_compile_sees_one_operator_per_product():
 
     def function(x, scale):
         x, norms = kernels.normalize(x, dtype=torch.float16, transpose=False, scale=4.0)
-        gram = kernels.gram(x, alpha=norms / 100)
+        gram = kernels.gram(x, alpha=Multiple(norms, 0.01))
         gram = kernels.symmetric(gram, gram, c=gram, beta=0.5, gamma=1.0)
         factor, _ = kernels.gram_space(x, ROWS[:2], alpha=1 / 16)
         gram = kernels.product(gram, gram, alpha=kernels.inverse_norms(x), shift=2.0)

@@ -51,6 +51,7 @@ def build(kernel, types, constants, config, arch):
 def symmetric(config, tma, arch):
     size, depth = config.rows, config.depth
     names = {"alpha": "fp32", "beta": "fp32", "gamma": "fp32"}
+    names |= {name + "_factor": "fp32" for name in names}
     boxes = {"a": (size, depth), "b": (config.cols, depth), "c": (size, size), "out": (size, size)}
     for name, (rows, cols) in boxes.items():
         names[name] = f"tensordesc<fp16[1, {rows}, {cols}]>" if tma else "*fp16"
@@ -63,7 +64,8 @@ def symmetric(config, tma, arch):
 def product(config, tma, arch, shifted):
     # With a shift, or with the bfloat16 addend that deflation reads.
     rows, cols, depth = config.rows, config.cols, config.depth
-    names = {"alpha": "fp32", "beta": "fp32" if shifted else "*fp32", "shift": "fp32"}
+    names = {"alpha": "fp32", "beta": "fp32" if shifted else "*fp32", "shift": "fp32",
+             "alpha_factor": "fp32", "beta_factor": "fp32"}
     boxes = {"a": (rows, depth), "x": (depth, cols), "c": (rows, cols), "d": (rows, cols),
              "out": (cols, rows)}
     for name, (r, c) in boxes.items():

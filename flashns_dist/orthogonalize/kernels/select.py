@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
@@ -87,7 +87,7 @@ class CublasKernels(TorchKernels):
         """See ``interface.Kernels.product``."""
         result = out.dtype if out is not None else dtype or x.dtype
         plain = c is None and shift == 0.0 and column_scale is None and not transpose
-        if not plain or isinstance(alpha, Tensor) or result != a.dtype:
+        if not plain or not is_number(alpha) or result != a.dtype:
             return super().product(
                 a,
                 x,
@@ -226,7 +226,7 @@ class SelectedKernels:
         scalars: tuple[Scalar | None, ...],
         call: Callable[[Kernels], Tensor],
     ) -> Tensor:
-        if torch.compiler.is_compiling() or any(isinstance(s, Tensor) for s in scalars):
+        if torch.compiler.is_compiling() or not all(map(is_number, scalars)):
             return call(self._default)
         if a.numel() == 0 or a.dtype not in _HALF:
             return call(self._default)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
@@ -40,6 +40,7 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     Launch,
     LaunchTable,
     argument,
+    arguments,
     key_and_values,
 )
 from flashns_dist.orthogonalize.kernels.tuning import (
@@ -119,10 +120,8 @@ class TritonKernels:
         if x.numel() == 0:
             return out, norms.zero_()
         if torch.compiler.is_compiling():
-            each = scale if isinstance(scale, Tensor) else None
-            torch.ops.flashns_dist.normalize(
-                x, 1.0 if isinstance(scale, Tensor) else scale, each, transpose, out, norms
-            )
+            (number,), (each,) = split_scalars((scale,))
+            torch.ops.flashns_dist.normalize(x, number, each, transpose, out, norms)
         else:
             with on_device_of(x):
                 launch_normalize(x, scale, transpose, out, norms)
@@ -179,7 +178,7 @@ class TritonKernels:
             out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
         if out.numel() == 0:
             return out
-        if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
+        if c is not None and is_number(beta) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
             numbers, tensors = split_scalars((alpha, beta, gamma))
@@ -216,7 +215,7 @@ class TritonKernels:
             out = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
+        if c is not None and is_number(beta) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
             numbers, tensors = split_scalars((alpha, beta, shift))
@@ -249,7 +248,7 @@ class TritonKernels:
             torch.ops.flashns_dist.combine(a, b, numbers, tensors, out)
         else:
             with on_device_of(a):
-                launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
+                launch_combine(a, b, arguments(alpha, beta, gamma), out)
         return out
 
     def supports_gram_space(self, n: int, dtype: torch.dtype) -> bool:
@@ -314,8 +313,8 @@ class TritonKernels:
         if c is not None and c.stride(2) != 1 and described(c) is True:
             c = c.contiguous()
         third = out if c is None else c
-        arguments = tuple([argument(scalar) for scalar in scalars])
-        facts, values = key_and_values((a, b, third, out), arguments)
+        packed = arguments(*scalars)
+        facts, values = key_and_values((a, b, third, out), packed)
 
         def make() -> Launch:
             bt = b.mT if turned else b
@@ -326,7 +325,7 @@ class TritonKernels:
 
             def launch(config: TileConfig) -> Launch:
                 return symmetric_launch(
-                    a, bt, c, out, arguments, config=config, tma=tma, input_precision=accuracy,
+                    a, bt, c, out, packed, config=config, tma=tma, input_precision=accuracy,
                     num_sms=_num_sms(a),
                 )  # fmt: skip
 
@@ -352,10 +351,11 @@ class TritonKernels:
         if column_scale is not None:
             a = scale_columns(a, column_scale)
         third = out if c is None else c
-        shifted = scalars[2] != 0.0
+        *scaling, shift = scalars
+        shifted = shift != 0.0
         fourth = a if shifted else out
-        arguments = tuple([argument(scalar) for scalar in scalars])
-        facts, values = key_and_values((a, x, third, fourth, out), arguments)
+        packed = (*arguments(*scaling), argument(shift))
+        facts, values = key_and_values((a, x, third, fourth, out), packed)
 
         def make() -> Launch:
             tma = self._descriptors_usable(a, x, c, out) and described(out) is False
@@ -366,7 +366,7 @@ class TritonKernels:
 
             def launch(config: TileConfig) -> Launch:
                 return product_launch(
-                    a, x, c, out, arguments, transpose,
+                    a, x, c, out, packed, transpose,
                     config=config, tma=tma, input_precision=accuracy,
                 )  # fmt: skip
 

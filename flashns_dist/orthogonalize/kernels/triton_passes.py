@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.triton_launch import TL_DTYPES, precision
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel,
@@ -60,7 +60,7 @@ def run(
 def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, norms: Tensor) -> None:
     """Writes ``x * scale / norm`` to ``out``, and the norms; ``x`` has contiguous rows."""
     batch, rows, cols = x.shape
-    each = isinstance(scale, Tensor)
+    each = not is_number(scale)
     factor = argument(scale)
     padded_rows, padded_cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     if padded_rows * padded_cols <= ONE_PASS_ENTRIES:
@@ -151,8 +151,8 @@ def launch_gram_space(
     def launch() -> Launch:
         constants = {
             "ROWS": steps,
-            "ALPHA_EACH": isinstance(alpha, Tensor),
-            "SCALE_EACH": isinstance(scale, Tensor),
+            "ALPHA_EACH": not is_number(alpha),
+            "SCALE_EACH": not is_number(scale),
             "BLOCK": block,
             "BLOCK_M": 32 if x.dtype == torch.float32 else 64,
             "DTYPE": TL_DTYPES[x.dtype],
@@ -183,7 +183,13 @@ def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
 
 
 def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], out: Tensor) -> None:
-    """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous."""
+    """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous.
+
+    Args:
+        a, b: ``(batch, n, n)``.
+        scalars: ``triton_prepared.arguments`` of the three.
+        out: ``(batch, n, n)``.
+    """
     batch, n, _ = a.shape
 
     def launch() -> Launch:
