@@ -125,7 +125,8 @@ class Dion2(Muon):
             starts = list(accumulate((len(m) for m in moments[:-1]), initial=0))
             rows = [run.choices[index].indices for index in indices]
             where = torch.stack(torch._foreach_add(rows, starts))
-            flat = torch.cat([moment.to(moment_dtype(updates)) for moment in moments])
+            dtype = moment_dtype(updates)
+            flat = torch.cat([moment.to(dtype) for moment in moments])
             selected = flat[where]
             scale_rows_(updates, selected, group)
             flat[where] = selected

@@ -48,7 +48,8 @@ class NorMuon(Muon):
     ) -> Tensor:
         updates = orthogonalized_(batch, group)
         moments = [run.block_state(index, "row_moment") for index in indices]
-        stacked = torch.stack([moment.to(moment_dtype(updates)) for moment in moments])
+        dtype = moment_dtype(updates)
+        stacked = torch.stack([moment.to(dtype) for moment in moments])
         scale_rows_(updates, stacked, group)
         torch._foreach_copy_(moments, list(stacked.unbind()))
         renormalize_(updates, group["renormalize"])

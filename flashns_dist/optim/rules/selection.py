@@ -161,7 +161,7 @@ def _choices(geometry: Geometry, chosen: Sequence[Tensor]) -> dict[int, Choice]:
     """How many of the chosen indices lie in each box. Waits for the device."""
     starts, device = geometry.starts, geometry.device
     mask = torch.zeros(starts[-1], dtype=torch.int32, device=device)
-    mask[torch.cat([indices + start for indices, start in zip(chosen, starts, strict=False)])] = 1
+    mask[torch.cat(torch._foreach_add(list(chosen), starts[:-1]))] = 1
     below = torch.zeros(len(mask) + 1, dtype=torch.int32, device=device)
     torch.cumsum(mask, 0, out=below[1:])
     counts = iter(below[geometry.places].tolist())
