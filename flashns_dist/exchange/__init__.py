@@ -6,7 +6,7 @@ from flashns_dist.exchange.agreement import (
     explain_on_every_rank,
     gather_flags,
 )
-from flashns_dist.exchange.exchange import Exchange, Transfer
+from flashns_dist.exchange.exchange import Exchange, Transfer, connect
 from flashns_dist.exchange.narrowing import Narrowing, Selection, borders, matrix_box
 from flashns_dist.exchange.reduction import reduce_largest_, reduce_sum_
 from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
@@ -22,6 +22,7 @@ __all__ = [
     "agree_on_largest",
     "borders",
     "check_same_setup",
+    "connect",
     "explain_on_every_rank",
     "gather_flags",
     "make_schedule",

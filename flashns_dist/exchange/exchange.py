@@ -58,7 +58,7 @@ class Exchange:
         self.schedules = tuple(make_schedule(plan, bucket, group_rank) for bucket in plan.buckets)
         self._moves = tuple(plan.moves(bucket) for bucket in range(len(plan.buckets)))
         self._group = group
-        self._device = device
+        self.device = device
         self.dtype = wire_dtype
         self._blocks = [matrix.block for matrix in plan.matrices]
         self._narrowing: Narrowing | None = None
@@ -89,7 +89,7 @@ class Exchange:
                 for size, old in zip(sizes, self._buffers[0], strict=True)
             ]
         self._buffers = [
-            [torch.empty(size, dtype=self.dtype, device=self._device) for size in sizes]
+            [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
             for _ in range(min(2, len(self.schedules)))
         ]
 
@@ -123,7 +123,7 @@ class Exchange:
 
     def new_batch(self, batch: int, rows: int, cols: int) -> Tensor:
         """An uninitialized batch to gather matrices into."""
-        return torch.empty(batch, rows, cols, dtype=self.dtype, device=self._device)
+        return torch.empty(batch, rows, cols, dtype=self.dtype, device=self.device)
 
     def addresses(self, bucket: int) -> list[int]:
         """Where the bucket's buffers are: gather's sent and received, scatter's sent and received.
@@ -135,31 +135,37 @@ class Exchange:
 
     def launch_gather(self, bucket: int) -> Transfer:
         """``start_gather`` where the send buffer is packed already."""
-        return self._launch(bucket, self.schedules[bucket].gather, *self._buffers[bucket % 2][:2])
+        sent, received, *_ = self._buffers[bucket % 2]
+        return self._launch(bucket, self.schedules[bucket].gather, sent, received)
 
     def launch_scatter(self, bucket: int) -> Transfer:
         """``start_scatter`` where the send buffer is packed already."""
-        return self._launch(bucket, self.schedules[bucket].scatter, *self._buffers[bucket % 2][2:])
+        *_, sent, received = self._buffers[bucket % 2]
+        return self._launch(bucket, self.schedules[bucket].scatter, sent, received)
 
-    def early_gather(self, bucket: int, directions: Sequence[Tensor]) -> Transfer:
+    def early_gather(
+        self, bucket: int, directions: Sequence[Tensor] | None, group: dist.ProcessGroup | None
+    ) -> Transfer:
         """Send what travels of a bucket ahead of its turn, from and into memory of its own.
 
         Its turn is a later ``start_gather``, which sends nothing then.
 
         Args:
             bucket: Index of the bucket.
-            directions: As ``start_gather`` takes.
+            directions: As ``start_gather`` takes; None to send anything, for ranks that wait.
+            group: The process group to send on, of the same ranks as the exchange's.
         """
         route = self.schedules[bucket].gather
         sent, received = (
-            torch.empty(sum(splits), dtype=self.dtype, device=self._device)
+            torch.empty(sum(splits), dtype=self.dtype, device=self.device)
             for splits in (route.send_splits, route.receive_splits)
         )
-        _copy(
-            [_segment(sent, segment) for segment in route.sends],
-            [directions[segment.held] for segment in route.sends],
-        )
-        return self._launch(bucket, route, sent, received)
+        if directions is not None:
+            _copy(
+                [_segment(sent, segment) for segment in route.sends],
+                [directions[segment.held] for segment in route.sends],
+            )
+        return self._launch(bucket, route, sent, received, group)
 
     def start_gather(
         self,
@@ -238,7 +244,14 @@ class Exchange:
         _copy([_segment(sent, segment) for segment in route.sends], sources)
         return self._launch(bucket, route, sent, received)
 
-    def _launch(self, bucket: int, route: Route, sent: Tensor, received: Tensor) -> Transfer:
+    def _launch(
+        self,
+        bucket: int,
+        route: Route,
+        sent: Tensor,
+        received: Tensor,
+        group: dist.ProcessGroup | None = None,
+    ) -> Transfer:
         sent = sent[: sum(route.send_splits)]
         received = received[: sum(route.receive_splits)]
         work = None
@@ -248,13 +261,23 @@ class Exchange:
                 sent,
                 list(route.receive_splits),
                 list(route.send_splits),
-                group=self._group,
+                group=group or self._group,
                 async_op=True,
             )
         return Transfer(received, work, sent=sent)
 
     def _inside(self, matrix: Tensor, segment: Segment) -> Tensor:
         return self._blocks[segment.matrix].view(matrix, segment.part, segment.box)
+
+
+def connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Send something from every rank to every other, so that later calls need not connect them.
+
+    Where NCCL must connect ranks, a call waits on the host for all of them. Collectives: one
+    ``all_to_all_single``.
+    """
+    sent = torch.zeros(dist.get_world_size(group), device=device)
+    dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
 
 
 def _segment(buffer: Tensor, segment: Segment) -> Tensor:
@@ -268,4 +291,4 @@ def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
 
 
-__all__ = ["Exchange", "Schedule", "Transfer"]
+__all__ = ["Exchange", "Schedule", "Transfer", "connect"]

@@ -14,7 +14,7 @@ from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
 
 _HAS, _LACKS, _NONFINITE, _LARGEST, _MINUS_LARGEST = range(5)
-_ERROR, _BAD_VALUE, _FOUND_INF, _OUTDATED = range(4)
+_ERROR, _BAD_VALUE, _FOUND_INF = range(3)
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,12 @@ class Verdict:
         nonfinite: Names of the parameters known here to have a NaN or an infinity in a gradient.
         is_finite: Whether no rank has one.
         found_inf: Whether a GradScaler found an overflow on some rank.
-        is_outdated: Whether what some rank has sent early is no longer what it would send.
     """
 
     active: tuple[bool, ...]
     nonfinite: tuple[str, ...]
     is_finite: bool
     found_inf: bool
-    is_outdated: bool
 
 
 def agree_on_gradients(
@@ -44,7 +42,6 @@ def agree_on_gradients(
     problem: str | None,
     found_inf: Tensor | None,
     unaveraged: Collection[int] = (),
-    is_outdated: Tensor | None = None,
 ) -> Verdict:
     """Compare the gradients across ranks.
 
@@ -59,7 +56,6 @@ def agree_on_gradients(
         problem: An error that this rank has already found; then all ranks raise.
         found_inf: A GradScaler's flag, if there is one.
         unaveraged: Indices of the parameters whose replicas may have different gradients.
-        is_outdated: Bool, 0-dim: whether what this rank has sent early is outdated, if it has.
 
     Raises:
         RuntimeError: Replicas disagree about a gradient, or another rank has a problem.
@@ -76,8 +72,6 @@ def agree_on_gradients(
     for indices in members:
         chosen = [bound[i] for i in indices]
         values = _summary(chosen, [gradients[i] for i in indices], flags)
-        if is_outdated is not None:
-            values[_OUTDATED, -1].clamp_(min=is_outdated.double())
         agreed = agree_on_largest(values, chosen[0].process_group)
         for index, is_active in zip(indices, agreed[_HAS].bool().tolist(), strict=False):
             active[index] = is_active
@@ -98,13 +92,7 @@ def agree_on_gradients(
             flags = agree_on_largest(values, bound[indices[0]].process_group).tolist()
     if flags[_ERROR]:
         _raise(error, largest if spans_world or len(members) == 1 else None)
-    return Verdict(
-        tuple(active),
-        tuple(nonfinite),
-        not flags[_BAD_VALUE],
-        bool(flags[_FOUND_INF]),
-        bool(flags[_OUTDATED]),
-    )
+    return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
 
 
 def _compared(

@@ -214,9 +214,14 @@ def _mesh_group(mesh: Any, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
     # The world itself is in the key: after it is destroyed, another world's groups are others.
     key = (dist.group.WORLD, tuple(sorted(ranks)))
     if key not in _GROUPS:
-        with _unbound(dist.group.WORLD):
-            _GROUPS[key] = dist.new_group(sorted(ranks), use_local_synchronization=True)
+        _GROUPS[key] = new_group(ranks)
     return _GROUPS[key]
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Make a process group of some global ranks, which all of them must call for."""
+    with _unbound(dist.group.WORLD):
+        return dist.new_group(sorted(ranks), use_local_synchronization=True)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -213,8 +213,9 @@ class FlashMuon(Optimizer):
         self._unbind()
 
     def _unbind(self) -> None:
-        if "_early" in self.__dict__:
-            self.__dict__.pop("_early").close()
+        if "_early" not in self.__dict__:
+            self._early = EarlyGathers(self.exchange_options)
+        self._early.unbind()
         self._bound, self._steps, self._checked = [], {}, False
 
     def _bind(self) -> None:
@@ -236,8 +237,7 @@ class FlashMuon(Optimizer):
                 for name, param in self._named(index)
             ]
         self._setup = Setup(self._bound, lambda: self.param_groups, self.exchange_options)
-        matrices = self._setup.matrices
-        self._early = EarlyGathers(self, self._bound, matrices, self.exchange_options)
+        self._early.bind(self, self._bound, self._setup.matrices)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
@@ -285,19 +285,14 @@ class FlashMuon(Optimizer):
             chosen = [gradients[i] for i in setup.matrices[number]]
             step.prepare(self.param_groups, self.state, chosen)
         found_inf = getattr(self, "found_inf", None)
+        self._early.compare(gradients)
         try:
             verdict = agree_on_gradients(
-                self._bound,
-                setup.members,
-                gradients,
-                problem,
-                found_inf,
-                setup.unaveraged,
-                self._early.is_outdated(gradients),
+                self._bound, setup.members, gradients, problem, found_inf, setup.unaveraged
             )
             if self._must_skip(verdict):
                 return loss
-            self._early.settle(verdict.is_outdated)
+            self._early.settle()
             self._unscale(gradients)
             for number, indices in enumerate(setup.matrices):
                 self._step_matrices(number, indices, verdict.active, gradients)

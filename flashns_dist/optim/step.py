@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flashns_dist.exchange import Exchange, Transfer
@@ -134,20 +135,22 @@ class MatrixStep:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         gradients: Sequence[Tensor | None],
+        process_group: dist.ProcessGroup | None,
     ) -> None:
         """Send a bucket to its owners before the next run; changes no state.
 
-        Collectives: the bucket's first ``all_to_all_single``.
+        Collectives: the bucket's first ``all_to_all_single``, on ``process_group``.
 
         Args:
             bucket: Its rules' ``before`` must be Muon's.
             groups: As ``run`` takes.
             state: As ``run`` takes.
             gradients: As ``run`` takes; the bucket's must be there.
+            process_group: Of the exchange's ranks.
         """
         run = self._new_run(groups, state, gradients)
         directions = self._before(bucket, run, early_direction)
-        self.early[bucket] = self.exchange.early_gather(bucket, directions)
+        self.early[bucket] = self.exchange.early_gather(bucket, directions, process_group)
 
     def _new_run(
         self,

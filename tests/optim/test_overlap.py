@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -25,6 +25,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
+from flashns_dist.optim.early import fingerprint
+from flashns_dist.plan import CostModel
 from flashns_dist.testing.pool import RankPool, rank_device
 
 WIDTH, STEPS = 20, 5
@@ -66,7 +68,7 @@ def build(scheme: str = "fsdp") -> nn.Module:
 
 
 def optimizer_for(model: nn.Module, *, overlap: bool = True, **settings: Any) -> FlashMuon:
-    options = {"bucket_bytes": 1500, **settings.pop("options", {})}
+    options = {"bucket_bytes": 1500, "cost": CostModel(), **settings.pop("options", {})}
     exchange = ExchangeOptions(overlap_backward=overlap, **options)
     return FlashMuon(parameter_groups(model), lr=0.05, exchange=exchange, **settings)
 
@@ -127,6 +129,13 @@ def negated(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
         torch._foreach_neg_([param.grad for param in model.parameters()])
 
 
+def nudged(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """One element of a momentum changes, by what no version counter sees."""
+    backward(model, step)
+    if step == 2:
+        local(optimizer.state[model[1].up.weight]["momentum_buffer"]).data[-1, -1] += 1e-4
+
+
 def scheduled(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     backward(model, step)
     optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
@@ -161,10 +170,11 @@ def train(
     """Weights and momenta after each step; what was sent before it and dropped; warnings."""
     model = build(scheme)
     optimizer = optimizer_for(model, overlap=overlap, **settings)
-    halfway: list[int] = []  # what was sent when the last block's gradients came
+    early = optimizer._early
+    sent_before: list[int] = []  # when the backward pass reached the first block
 
     def look(param: Tensor) -> None:
-        halfway.append(optimizer._early.num_sent if hasattr(optimizer, "_early") else 0)
+        sent_before.append(early.num_sent)
 
     model[0].up.weight.register_post_accumulate_grad_hook(look)
     found: list[Tensor] = []
@@ -172,19 +182,18 @@ def train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(STEPS):
-            early = getattr(optimizer, "_early", None)
-            before = (early.num_sent, early.num_dropped) if early else (0, 0)
+            before = early.num_sent, early.num_dropped
             before_step(model, optimizer, step)
-            sent = early.num_sent - before[0] if early else 0
+            sent = early.num_sent
             optimizer.step()
-            dropped = early.num_dropped - before[1] if early else 0
-            counts.append((sent, dropped))
+            counts.append((sent - before[0], early.num_dropped - before[1]))
+            if before_step is plain:
+                assert (sent_before[step] > before[0]) == (overlap and step > 0)
+                assert early.num_sent == sent
             optimizer.zero_grad(set_to_none=before_step is not zeroed_in_place)
             for param in model.parameters():
                 momentum = optimizer.state[param].get("momentum_buffer", param)
                 found += [local(param).clone(), local(momentum).clone()]
-    if before_step is plain:
-        print("HALF", halfway, counts, file=__import__("sys").stderr)
     messages = [str(w.message) for w in caught if "backward pass is not used" in str(w.message)]
     return found, counts, messages
 
@@ -263,10 +272,11 @@ def test_fused_passes_read_what_came_early(interpreted: RankPool) -> None:
         (clipped_at_most, [1, 2, 3, 4], None),
         (accumulated, [], "set_requires_gradient_sync"),
         (abandoned, [2, 4], "a second backward pass"),
-        (clipped, [], r"gradients have changed since the backward pass \(clipping"),
+        (clipped, [], r"gradients or momenta have changed since the backward pass \(clipping"),
         (scaled, [], "GradScaler"),
-        (negated, [1, 3, 4], "gradients have changed"),
-        (scheduled, [1, 2, 4], "its momentum or its settings"),
+        (negated, [1, 3, 4], "gradients or momenta"),
+        (nudged, [1, 3, 4], "gradients or momenta"),
+        (scheduled, [1, 2, 4], "its settings"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -290,7 +300,7 @@ def test_one_ranks_edit_makes_all_gather_again(ranks: RankPool) -> None:
         assert [sent > dropped for sent, dropped in counts] == [False, True, False, False, False]
         assert counts[4][0] > 0  # for the plan of the step before, which lacked a parameter
         assert len(messages) == 1
-    assert "gradients have changed" in second[1][0]
+    assert "gradients or momenta" in second[1][0]
     assert "another rank" in first[1][0]
 
 
@@ -300,6 +310,92 @@ def test_a_skipped_step_changes_nothing(ranks: RankPool) -> None:
     for counts, messages in ranks.run(2, compare, "fsdp", with_infinity, settings):
         assert [sent > dropped for sent, dropped in counts] == [False, True, False, True, True]
         assert not messages
+
+
+def train_experts(overlap: bool) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
+    """Sharded DTensors without FSDP2, of which the second rank now and then lacks a gradient.
+
+    Weights after each step; what was sent before it and dropped in it; warnings.
+    """
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(rank_device())
+
+    weights = [
+        nn.Parameter(DTensor.from_local(random(5, 6), mesh, [Shard(0)], run_check=False))
+        for _ in range(8)
+    ]
+    exchange = ExchangeOptions(bucket_bytes=300, overlap_backward=overlap, cost=CostModel())
+    optimizer = FlashMuon(weights, exchange=exchange, nonfinite="skip")
+    early = optimizer._early
+    found, counts, messages = [], [], []
+    for step in range(8):
+        sent, dropped = early.num_sent, early.num_dropped
+        lacks = 1 if step in (2, 4, 6) and dist.get_rank() == 1 else None
+        terms = [(weight.to_local() * random(5, 6)).sum() for weight in weights]
+        sum(term for index, term in enumerate(terms) if index != lacks).backward()  # type: ignore[union-attr]
+        sent = early.num_sent - sent
+        if step == 4:  # a new binding, before what was sent could be compared
+            optimizer.load_state_dict(optimizer.state_dict())
+            dropped = 0
+        if step == 6 and dist.get_rank() == 0:
+            local(weights[0].grad)[0, 0] = float("nan")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        messages += [str(w.message) for w in caught if "is not used" in str(w.message)]
+        optimizer.zero_grad()
+        counts.append((sent, early.num_dropped - dropped))
+        found += [local(weight).clone() for weight in weights]
+    return found, counts, messages
+
+
+def compare_experts() -> tuple[list[tuple[int, int]], list[str]]:
+    expected, *_ = train_experts(False)
+    found, counts, messages = train_experts(True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return counts, messages
+
+
+def test_a_rank_may_send_less_than_the_others(ranks: RankPool) -> None:
+    """It lacks a gradient; the others must not wait for it for ever."""
+    (first, messages), (second, _) = ranks.run(2, compare_experts)
+    most = first[1][0]
+    assert [sent for sent, _ in first] == [0, *[most] * 7]
+    for step in (2, 4, 6):
+        assert 0 < second[step][0] < most
+    for counts in (first, second):
+        assert all(dropped == 0 for _, dropped in counts[1::2])
+        assert counts[2][0] == counts[2][1]
+    assert len(messages) == 2
+    assert "have sent different buckets" in messages[0]
+    assert "groups or states have changed" in messages[1]
+
+
+def changed_gradients() -> Iterator[tuple[str, Tensor, Tensor]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((3, 5), (70, 91)):
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            nudged = gradient.clone()
+            bits = nudged.view(torch.int32 if dtype == torch.float32 else torch.int16)
+            bits[-1, -1] += 1
+            yield "the last bit of one element", gradient, nudged
+            yield "halved", gradient, gradient / 2
+            yield "clipped", gradient, gradient * 0.37
+            yield "negated", gradient, -gradient
+            yield "rows reversed", gradient, gradient.flip(0)
+            yield "zero", gradient, gradient * 0
+
+
+def test_fingerprints_tell_gradients_apart() -> None:
+    for what, gradient, changed in changed_gradients():
+        before = fingerprint([gradient, torch.ones(2, 2)])
+        assert torch.equal(before, fingerprint([gradient.clone(), torch.ones(2, 2)]))
+        assert not torch.equal(before, fingerprint([changed, torch.ones(2, 2)])), what
+    few, many = torch.zeros(64, 64), torch.zeros(640, 640)
+    assert fingerprint([few, many]).numel() == few.numel() + many.numel() // 64
 
 
 def measure_limited() -> tuple[int, int, int]:
