@@ -107,10 +107,10 @@ class EarlyQueue:
         self.drop()
         self._watched = step
         most = self._most_bytes // step.exchange.dtype.itemsize
-        takes_part = [index in self._takes_part for index in self._indices]
+        chosen = [index in self._takes_part for index in self._indices]
         self._buckets = [
             (bucket, [self._indices[tensor] for tensor in tensors])
-            for bucket, tensors in _early_buckets(step.exchange.plan, takes_part, most)
+            for bucket, tensors in _early_buckets(step.exchange.plan, chosen, most)
         ]
         self._step = step if self._buckets else None
         return self._step is not None
@@ -177,9 +177,7 @@ class EarlyQueue:
         return optimizer
 
     def _inputs(
-        self,
-        indices: Sequence[int],
-        gradients: Mapping[int, Tensor | None],
+        self, indices: Sequence[int], gradients: Mapping[int, Tensor | None]
     ) -> list[Tensor] | None:
         """The gradients and momenta of which directions are made; None where one is missing."""
         found = []
@@ -210,7 +208,7 @@ class EarlyQueue:
 
     def _is_outdated(self, gradients: Sequence[Tensor | None]) -> Tensor | bool:
         """Whether what this rank has sent is no longer what it would send now."""
-        if getattr(self._optimizer(), "grad_scale", None) is not None:
+        if getattr(self._present, "grad_scale", None) is not None:
             self._problem = self._problem or _SCALED
         now = []
         for indices, _, settings in self._sent:
@@ -260,7 +258,7 @@ class EarlyQueue:
         warnings.warn(
             "what was gathered during the backward pass is not used, with the same results but "
             f"no overlap, because {problem}. Note: {after}.",
-            stacklevel=6,
+            stacklevel=7,  # the caller of step(), which torch wraps twice
         )
 
     def drop(self) -> None:
@@ -284,7 +282,7 @@ class EarlyQueue:
 
 
 def takes_part(bound: BoundParameter, groups: Sequence[Mapping[str, Any]]) -> bool:
-    """The same on every rank."""
+    """Whether a matrix parameter may travel early: the same on every rank."""
     rule = type(MATRIX_RULES[groups[bound.group_index]["update_rule"]])
     placements = getattr(bound.storage, "placements", ())
     is_sharded = any(not placement.is_replicate() for placement in placements)
@@ -292,20 +290,20 @@ def takes_part(bound: BoundParameter, groups: Sequence[Mapping[str, Any]]) -> bo
 
 
 def _early_buckets(
-    plan: Plan, takes_part: Sequence[bool], most_elements: int
+    plan: Plan, chosen: Sequence[bool], most_elements: int
 ) -> list[tuple[int, list[int]]]:
     """The buckets that may go early, with their parameters: the same on every rank.
 
     Args:
         plan: Of one process group.
-        takes_part: For each of its parameters.
+        chosen: For each of its parameters, whether it takes part.
         most_elements: That a rank may send and receive of them all.
     """
     traffic = Traffic(plan.group_size)
     found = []
     for bucket, matrices in enumerate(plan.buckets):
         tensors = sorted({plan.matrices[index].tensor for index in matrices})
-        if not plan.moves(bucket) or not all(takes_part[tensor] for tensor in tensors):
+        if not plan.moves(bucket) or not all(chosen[tensor] for tensor in tensors):
             continue
         traffic.add(plan.matrices, plan.owners, matrices)
         both = zip(traffic.gather_sends, traffic.gather_receives, strict=True)
@@ -318,9 +316,9 @@ def _early_buckets(
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     """One-dimensional, int64: the bits of few elements, the sums of the bits of every 64 of many.
 
-    A change of one element is always seen; changes of several elements of 64 whose bits, read as
-    integers, have the same sum are not. Bits, since version counters tell no changes by
-    ``clip_grad_norm_`` on DTensors or by collectives, and are equal where values are.
+    A change of one element is always seen; only one that keeps the sum of the bits, read as
+    integers, of every 64 is not. Version counters would not do: ``clip_grad_norm_`` on DTensors and
+    collectives leave them as they are.
     """
     found = []
     for tensor in tensors:

@@ -26,8 +26,9 @@ class ExchangeOptions:
         cost: Cost model of the planner; None for what ``flashns_dist.optim.calibration`` measured
             on this machine, or else one H200's. The first rank's holds on all ranks of a group.
         overlap_backward: Let FSDP2's matrices travel to their owners while the backward pass still
-            runs (``optim/overlap.py``): with the same results, and of use where nothing changes the
-            gradients between the last backward pass and ``step()``.
+            runs (``optim/overlap.py``), on process groups of their own: with the same results, and
+            of use where nothing changes the gradients between the last backward pass and
+            ``step()``.
         overlap_bytes: Most bytes that a rank buffers for that, of each process group's matrices;
             what does not fit travels in ``step()``.
     """

@@ -132,6 +132,7 @@ class EarlyGathers:
         """
         for queue in (*self._left, *self._queues.values()):
             queue.settle()
+        self._left = []  # they keep their plan's buffers
 
     def drop(self) -> None:
         """End a step: drop all that it has not used. Collectives: as ``settle``."""

@@ -9,6 +9,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -194,7 +195,9 @@ def train(
             for param in model.parameters():
                 momentum = optimizer.state[param].get("momentum_buffer", param)
                 found += [local(param).clone(), local(momentum).clone()]
-    messages = [str(w.message) for w in caught if "backward pass is not used" in str(w.message)]
+    told = [w for w in caught if "backward pass is not used" in str(w.message)]
+    messages = [str(w.message) for w in told]
+    assert all(w.filename == __file__ for w in told), [w.filename for w in told]
     return found, counts, messages
 
 
@@ -312,8 +315,20 @@ def test_a_skipped_step_changes_nothing(ranks: RankPool) -> None:
         assert not messages
 
 
+@contextmanager
+def interrupted(param: Tensor) -> Iterator[None]:
+    """A hook that raises."""
+
+    def fail(gradient: Tensor) -> None:
+        raise InterruptedError
+
+    handle = param.register_hook(fail)
+    yield
+    handle.remove()
+
+
 def train_experts(overlap: bool) -> tuple[list[Tensor], list[tuple[int, int]], list[str]]:
-    """Sharded DTensors without FSDP2, of which the second rank now and then lacks a gradient.
+    """Sharded DTensors without FSDP2, of which the second rank now and then lacks gradients.
 
     Weights after each step; what was sent before it and dropped in it; warnings.
     """
@@ -333,9 +348,14 @@ def train_experts(overlap: bool) -> tuple[list[Tensor], list[tuple[int, int]], l
     found, counts, messages = [], [], []
     for step in range(8):
         sent, dropped = early.num_sent, early.num_dropped
-        lacks = 1 if step in (2, 4, 6) and dist.get_rank() == 1 else None
+        lacks = 1 if step in (4, 6) and dist.get_rank() == 1 else None
         terms = [(weight.to_local() * random(5, 6)).sum() for weight in weights]
-        sum(term for index, term in enumerate(terms) if index != lacks).backward()  # type: ignore[union-attr]
+        loss = sum(term for index, term in enumerate(terms) if index != lacks)
+        if step == 2 and dist.get_rank() == 1:
+            with interrupted(weights[1]), pytest.raises(InterruptedError):
+                loss.backward()  # type: ignore[union-attr]
+        else:
+            loss.backward()  # type: ignore[union-attr]
         sent = early.num_sent - sent
         if step == 4:  # a new binding, before what was sent could be compared
             optimizer.load_state_dict(optimizer.state_dict())
@@ -360,7 +380,7 @@ def compare_experts() -> tuple[list[tuple[int, int]], list[str]]:
 
 
 def test_a_rank_may_send_less_than_the_others(ranks: RankPool) -> None:
-    """It lacks a gradient; the others must not wait for it for ever."""
+    """A gradient is missing or a hook raises; the others must not wait for it for ever."""
     (first, messages), (second, _) = ranks.run(2, compare_experts)
     most = first[1][0]
     assert [sent for sent, _ in first] == [0, *[most] * 7]
