@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flashns_dist.testing.gpus import has_gpus, rank_gpu
+
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -111,12 +113,13 @@ def _joined_device() -> torch.device:
 
 
 def _device(name: str | None) -> torch.device:
-    num_gpus = torch.cuda.device_count() if name != "cpu" else 0
-    if name == "cuda" and num_gpus < _local_size():
+    is_possible = name != "cpu" and has_gpus(_local_size())
+    if name == "cuda" and not is_possible:
         raise ValueError(
-            f"--device cuda: {_local_size()} processes on this host and {num_gpus} GPUs. "
+            f"--device cuda: {_local_size()} processes on this host and "
+            f"{torch.cuda.device_count()} GPUs. "
             "Start at most one process per GPU, or pass --device cpu."
         )
-    if num_gpus < _local_size():
+    if not is_possible:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return rank_gpu(int(os.environ.get("LOCAL_RANK", "0")))
