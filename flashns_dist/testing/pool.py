@@ -30,8 +30,8 @@ class RankError(AssertionError):
 class RankPool:
     """Worker processes that are started once and form process groups of any size up to ``size``.
 
-    Gloo on the CPU, NCCL where there are as many GPUs as ranks (or ``FLASHNS_DIST_SHARE_GPUS=1``). After a failure the workers are
-    replaced, because a rank may be stuck in a collective.
+    Gloo on the CPU, NCCL where there are as many GPUs as ranks (or ``FLASHNS_DIST_SHARE_GPUS=1``).
+    After a failure the workers are replaced, because a rank may be stuck in a collective.
 
     Args:
         size: Number of workers.
