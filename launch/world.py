@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ class World:
         texts = [text]
         dist.broadcast_object_list(texts, src=0, device=self.device)
         return texts[0]
+
+    def now(self) -> float:
+        """Seconds on a clock, once every rank has got here and its device is done; a barrier."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.barrier()
+        return time.perf_counter()
 
     def barrier(self) -> None:
         """Wait for every rank."""
