@@ -30,6 +30,8 @@ class _CudaIsCpu(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if name == "cuda":
             return args[0]
         if name == "to":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.integrations.megatron_cpu import checkpoint_writers, megatron_on_cpu
+from tests.integrations.megatron_layers import layer_spec, positions_here
 
 WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
 BATCH = 8
@@ -27,6 +28,7 @@ class Case:
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
     virtual: int = 0
     instances: int = 1
@@ -38,6 +40,8 @@ class Case:
     gated: bool = False
     tied: bool = False
     experts: int = 0
+    packed: bool = False
+    per_token_loss: bool = False
     layers: int = 2
     micro_batches: int = 2
     clip: float = 1.0
@@ -47,9 +51,8 @@ class Case:
 
     def alone(self) -> Case:
         """The same model and global batch in one process."""
-        return replace(
-            self, tp=1, pp=1, ep=1, virtual=0, instances=1, sequence_parallel=False, overlap=False
-        )
+        plain = {"sequence_parallel": False, "overlap": False, "per_token_loss": False}
+        return replace(self, tp=1, pp=1, cp=1, ep=1, virtual=0, instances=1, packed=False, **plain)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,6 +75,7 @@ def megatron_ready(case: Case) -> Iterator[None]:
             case.tp,
             case.pp,
             virtual_pipeline_model_parallel_size=case.virtual or None,
+            context_parallel_size=case.cp,
             expert_model_parallel_size=case.ep,
             **options,
         )
@@ -97,6 +101,8 @@ def make_config(case: Case) -> Any:
             moe_router_topk=2,
             moe_aux_loss_coeff=0.0,
         )
+    if case.packed:
+        extra.update(moe_grouped_gemm=True, moe_use_legacy_grouped_gemm=True)
     if case.virtual:
         extra["virtual_pipeline_model_parallel_size"] = case.virtual
     return TransformerConfig(
@@ -108,6 +114,8 @@ def make_config(case: Case) -> Any:
         use_cpu_initialization=True,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
+        calculate_per_token_loss=case.per_token_loss,
         expert_model_parallel_size=case.ep,
         sequence_parallel=case.sequence_parallel,
         bf16=case.dtype == "bf16",
@@ -132,7 +140,6 @@ def make_chunks(case: Case) -> list[Any]:
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.module import Float16Module
 
@@ -151,7 +158,7 @@ def make_chunks(case: Case) -> list[Any]:
         stage = {"ignore_virtual": False, "vp_stage": number} if case.virtual else {}
         model = GPTModel(
             config,
-            get_gpt_layer_local_spec(num_experts=case.experts or None, moe_grouped_gemm=False),
+            layer_spec(case.experts, case.cp, packed=case.packed),
             vocab_size=VOCABULARY,
             max_sequence_length=LENGTH,
             pre_process=state.is_pipeline_first_stage(**stage),
@@ -277,7 +284,8 @@ def batches(case: Case, step: int) -> list[list[tuple[Tensor, Tensor]]]:
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     ranks = state.get_data_parallel_world_size()
     mine = tokens.chunk(ranks)[state.get_data_parallel_rank()]
-    return [(part, part.roll(-1, 1)) for part in mine.chunk(case.micro_batches)]
+    here = positions_here(LENGTH)
+    return [(p[:, here], p.roll(-1, 1)[:, here]) for p in mine.chunk(case.micro_batches)]
 
 
 def train(
@@ -315,12 +323,13 @@ def train(
 
 def _forward(data: Any, model: Any) -> Any:
     tokens, labels = next(data)
-    positions = torch.arange(LENGTH).expand(len(tokens), LENGTH)
+    positions = positions_here(LENGTH).expand(tokens.shape)
     output = model(tokens, positions, None, labels=labels)
 
     def loss(values: Tensor) -> Any:
-        mean = values.float().mean()
-        return mean, {"loss": mean.detach().clone()}
+        total, count = values.float().sum(), values.numel()
+        mean = total.detach() / count
+        return total, torch.tensor(count, dtype=torch.int), {"loss": mean}
 
     return output, loss
 

@@ -1,0 +1,62 @@
+"""What Megatron takes from GPU libraries for its layers, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def layer_spec(experts: int, cp: int, *, packed: bool) -> Any:
+    """Megatron's own layers; with context parallelism, its attention over gathered keys."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    options = {"moe_use_legacy_grouped_gemm": True} if packed else {}
+    spec = get_gpt_layer_local_spec(experts or None, moe_grouped_gemm=packed, **options)
+    if cp > 1:
+        spec.submodules.self_attention.submodules.core_attention = gathering_attention
+    return spec
+
+
+def positions(length: int, cp: int, rank: int) -> Tensor:
+    """Which of a sequence's positions a context-parallel rank has: one early and one late part."""
+    parts = torch.arange(length).chunk(2 * cp)
+    return torch.cat([parts[rank], parts[2 * cp - 1 - rank]])
+
+
+def positions_here(length: int) -> Tensor:
+    """This rank's positions; Megatron's rotary embeddings take the same."""
+    from megatron.core import parallel_state as state
+
+    cp = state.get_context_parallel_world_size()
+    return positions(length, cp, state.get_context_parallel_rank()) if cp > 1 else torch.arange(length)
+
+
+def gathering_attention(config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's ``DotProductAttention`` of this rank's queries to the keys of all.
+
+    That class refuses context parallelism, as it sees the keys of one rank only.
+    """
+    from megatron.core import parallel_state as state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class GatheringAttention(DotProductAttention):
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
+        ) -> Tensor:
+            group = state.get_context_parallel_group()
+            length = len(query) * group.size()
+            found = torch.cat([positions(length, group.size(), r) for r in range(group.size())])
+            key, value = (
+                gather_from_sequence_parallel_region(t.contiguous(), group=group)
+                for t in (key, value)
+            )
+            is_later = found > positions_here(length)[:, None]
+            return super().forward(query, key, value, is_later[None, None], **others)
+
+    alone = copy.copy(config)
+    alone.context_parallel_size = 1
+    return GatheringAttention(alone, *args, **kwargs)
