@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def layer_spec(experts: int, cp: int, *, packed: bool) -> Any:
@@ -60,3 +61,32 @@ def gathering_attention(config: Any, *args: Any, **kwargs: Any) -> Any:
     alone = copy.copy(config)
     alone.context_parallel_size = 1
     return GatheringAttention(alone, *args, **kwargs)
+
+
+def grouped_gemm(tokens: Tensor, weights: Tensor, counts: Tensor, trans_b: bool = False) -> Tensor:
+    """``grouped_gemm.ops.gmm``: each expert's (in, out) weight times its rows of the tokens."""
+    assert not trans_b
+    parts = tokens.split(counts.tolist())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+def packed_experts_patches() -> list[tuple[Any, str, Any]]:
+    """What ``GroupedMLP`` needs of the package; none where Megatron (0.17 and later) has no such."""
+    try:
+        from megatron.core.transformer.moe import experts, grouped_gemm_util
+    except ImportError:
+        return []
+    library = SimpleNamespace(ops=SimpleNamespace(gmm=grouped_gemm))
+    return [
+        (grouped_gemm_util, "grouped_gemm", library),
+        (grouped_gemm_util, "ops", library.ops),
+        (experts, "jit_fuser", lambda function: function),
+    ]
+
+
+def allow_fp32(model: nn.Module) -> None:
+    """Let ``GroupedMLP`` pass its check for bf16, which is about the package's kernels."""
+    for module in model.modules():
+        if type(module).__name__ == "GroupedMLP":
+            module.config = copy.copy(module.config)
+            module.config.bf16 = True  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.integrations.megatron_cpu import checkpoint_writers, megatron_on_cpu
-from tests.integrations.megatron_layers import layer_spec, positions_here
+from tests.integrations.megatron_layers import allow_fp32, layer_spec, positions_here
 
 WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
 BATCH = 8
@@ -168,6 +168,7 @@ def make_chunks(case: Case) -> list[Any]:
             **({"vp_stage": number} if case.virtual else {}),
         )
         fill(model, case)
+        allow_fp32(model)
         if case.dtype != "fp32":
             model = Float16Module(config, model)
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=number > 0))
@@ -206,7 +207,23 @@ def fill(model: Any, case: Case) -> None:
     """Weights from their names."""
     for name, param in global_names(model, case).items():
         with torch.no_grad():
-            param.copy_(shard_of(start_value(name, param, case), param, case))
+            if name.endswith(("experts.weight1", "experts.weight2")):
+                param.copy_(packed_value(name, param, case))
+            else:
+                param.copy_(shard_of(start_value(name, param, case), param, case))
+
+
+def packed_value(name: str, param: Tensor, case: Case) -> Tensor:
+    """The weights that ``SequentialMLP`` would have, transposed and packed; no tensor parallel."""
+    from megatron.core import parallel_state as state
+
+    path, _, kind = name.rpartition(".weight")
+    local = case.experts // case.ep
+    first = state.get_expert_model_parallel_rank() * local
+    shape = (4 * WIDTH, WIDTH) if kind == "1" else (WIDTH, 2 * WIDTH)
+    names = [f"{path}.local_experts.{first + i}.linear_fc{kind}.weight" for i in range(local)]
+    wholes = [start_value(n, torch.empty(shape), case) for n in names]
+    return torch.stack([whole.T for whole in wholes]).reshape(param.shape)
 
 
 def start_value(name: str, param: Tensor, case: Case) -> Tensor:
