@@ -30,6 +30,13 @@ from tests.integrations.megatron_training import (
 # far below the change of one step (0.1).
 ROUNDING = 5e-6
 
+OPTIONS = {"equilibrate": True, "renormalize": "rows", "independent_decay": True}
+RULES: dict[str, dict[str, Any]] = {
+    "muon with options, lion": {"rule_settings": OPTIONS, "aux_update_rule": "lion"},
+    "adamuon": {"update_rule": "adamuon", "rule_settings": {"beta2": 0.9}},
+    "dion2": {"update_rule": "dion2", "rule_settings": {"fraction": 0.4}},
+}
+
 LOSSES = {
     "dp2": (2, Case()),
     "dp4, small buckets, overlapped": (4, Case(gated=True, bucket_size=3000, overlap=True)),
@@ -49,6 +56,10 @@ LOSSES = {
     "packed experts, dp2": (2, Case(gated=True, experts=4, packed=True)),
     "packed experts, ep2 x edp2": (4, Case(gated=True, ep=2, experts=4, packed=True)),
     "two instances of two ranks": (4, Case(gated=True, instances=2)),
+    **{
+        f"{name}, dp2 x tp2": (4, Case(gated=True, tp=2, settings=settings))
+        for name, settings in RULES.items()
+    },
 }
 
 
@@ -199,17 +210,10 @@ def gathered(name: str, param: Tensor, case: Case) -> Tensor:
     """The whole start value, which ``fill`` made from the name."""
     from tests.integrations.megatron_training import start_value
 
-    whole = start_value(name, param, case)
+    whole = start_value(name, param, case).to(param.dtype).float()
     assert torch.equal(shard_of(whole, param, case), param.detach())
     return whole
 
-
-OPTIONS = {"equilibrate": True, "renormalize": "rows", "independent_decay": True}
-RULES: dict[str, dict[str, Any]] = {
-    "muon with options, lion": {"rule_settings": OPTIONS, "aux_update_rule": "lion"},
-    "adamuon": {"update_rule": "adamuon", "rule_settings": {"beta2": 0.9}},
-    "dion2": {"update_rule": "dion2", "rule_settings": {"fraction": 0.4}},
-}
 
 BITWISE = {
     "dp2": (2, Case(gated=True)),
@@ -217,6 +221,7 @@ BITWISE = {
     "dp2, small buckets": (2, Case(gated=True, bucket_size=3000, overlap=True)),
     "dp2 x tp2": (4, Case(gated=True, tp=2)),
     "dp2 x tp2, replicated": (4, Case(gated=True, tp=2, distributed=False)),
+    "dp2, replicated, bf16": (2, Case(gated=True, distributed=False, dtype="bf16")),
     "tp2, QKV as one matrix": (2, Case(gated=True, tp=2, settings={"split_qkv": False})),
     "dp2, fc1 as one matrix": (2, Case(gated=True, settings={"split_gate_up": False})),
     "ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),

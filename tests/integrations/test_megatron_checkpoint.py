@@ -42,6 +42,16 @@ RESUMED = {
     "by data rank": (BY_DATA, (2, PLAIN), (4, PLAIN)),
     "experts by data rank": (BY_DATA, (4, replace(EXPERTS, ep=2)), (2, replace(EXPERTS, ep=2))),
     "experts": (FULL, (2, replace(EXPERTS, ep=2)), (4, replace(EXPERTS, ep=4))),
+    "context parallel": (
+        FULL,
+        (2, replace(PLAIN, cp=2)),
+        (4, replace(PLAIN, cp=2, tp=2)),
+    ),
+    "packed experts": (
+        FULL,
+        (2, replace(EXPERTS, ep=2, packed=True)),
+        (4, replace(EXPERTS, ep=2, packed=True)),
+    ),
     "replicated": (
         None,
         (2, replace(PLAIN, distributed=False)),
@@ -61,6 +71,8 @@ RESUMED = {
 def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """In fp32: sums in another order are the only difference."""
     sharding, (size, case), (other_size, other) = RESUMED[name]
+    if case.packed:
+        pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util")
     whole = ranks.run(size, train_and_save, case, str(tmp_path), sharding, 2)[0]
     resumed = ranks.run(other_size, resume, other, str(tmp_path), sharding, 2)[0]
     for (loss, norm), (expected, expected_norm) in zip(resumed, whole[2:], strict=True):
@@ -69,10 +81,13 @@ def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: 
     assert abs(whole[2][0] - whole[0][0]) > 0.01
 
 
-def test_the_loss_scale_and_half_precision_come_back(ranks: RankPool, tmp_path: Path) -> None:
-    case = replace(PLAIN, dtype="fp16")
-    whole = ranks.run(2, train_and_save, case, str(tmp_path), FULL, 2)[0]
-    assert ranks.run(2, resume, case, str(tmp_path), FULL, 2)[0] == whole[2:]
+@pytest.mark.parametrize("sharding", [FULL, None])
+def test_the_loss_scale_and_half_precision_come_back(
+    ranks: RankPool, tmp_path: Path, sharding: str | None
+) -> None:
+    case = replace(PLAIN, dtype="fp16", distributed=sharding is not None)
+    whole = ranks.run(2, train_and_save, case, str(tmp_path), sharding, 2)[0]
+    assert ranks.run(2, resume, case, str(tmp_path), sharding, 2)[0] == whole[2:]
 
 
 def keep_flags(folder: str) -> dict[str, Any]:
