@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +31,7 @@ class Case:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int | None = None
     virtual: int = 0
     instances: int = 1
     dtype: str = "fp32"
@@ -51,8 +53,18 @@ class Case:
 
     def alone(self) -> Case:
         """The same model and global batch in one process."""
-        plain = {"sequence_parallel": False, "overlap": False, "per_token_loss": False}
-        return replace(self, tp=1, pp=1, cp=1, ep=1, virtual=0, instances=1, packed=False, **plain)
+        one = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": None, "virtual": 0, "instances": 1}
+        off = dict.fromkeys(("sequence_parallel", "overlap", "per_token_loss", "packed"), False)
+        return replace(self, **one, **off)
+
+
+def skip_what_this_megatron_lacks(case: Case) -> None:
+    import megatron.core
+
+    if case.packed:
+        pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util", reason="0.16 only")
+    if case.etp is not None and case.ep == 1 and megatron.core.__version__.startswith("0.16."):
+        pytest.skip("FlashMuon refuses it: 0.16 lets the copies of experts drift apart")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,6 +89,7 @@ def megatron_ready(case: Case) -> Iterator[None]:
             virtual_pipeline_model_parallel_size=case.virtual or None,
             context_parallel_size=case.cp,
             expert_model_parallel_size=case.ep,
+            expert_tensor_parallel_size=case.etp,
             **options,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -117,6 +130,7 @@ def make_config(case: Case) -> Any:
         context_parallel_size=case.cp,
         calculate_per_token_loss=case.per_token_loss,
         expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
         sequence_parallel=case.sequence_parallel,
         bf16=case.dtype == "bf16",
         fp16=case.dtype == "fp16",
@@ -241,15 +255,21 @@ def random_like(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
+def num_shards(param: Tensor, case: Case) -> int:
+    """Tensor-parallel degree; Megatron marks parameters of experts by ``allreduce``."""
+    return case.tp if case.etp is None or getattr(param, "allreduce", True) else case.etp
+
+
 def cut_dim(param: Tensor, case: Case) -> int:
-    if case.tp == 1 or not getattr(param, "tensor_model_parallel", False):
+    if num_shards(param, case) == 1 or not getattr(param, "tensor_model_parallel", False):
         return -1
     return int(param.partition_dim)
 
 
 def full_shape(param: Tensor, case: Case) -> tuple[int, ...]:
     dim = cut_dim(param, case)
-    return tuple(n * case.tp if axis == dim else n for axis, n in enumerate(param.shape))
+    shards = num_shards(param, case)
+    return tuple(n * shards if axis == dim else n for axis, n in enumerate(param.shape))
 
 
 def shard_of(whole: Tensor, param: Tensor, case: Case) -> Tensor:

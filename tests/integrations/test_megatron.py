@@ -23,6 +23,7 @@ from tests.integrations.megatron_training import (
     megatron_ready,
     random_like,
     shard_of,
+    skip_what_this_megatron_lacks,
     unwrapped,
 )
 
@@ -53,6 +54,12 @@ LOSSES = {
     "pp2 x cp2": (4, Case(gated=True, pp=2, cp=2)),
     "experts, ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),
     "experts, ep2 x edp2, context parallel": (4, Case(gated=True, cp=2, ep=2, experts=4)),
+    "experts, dp2 x tp2": (4, Case(gated=True, tp=2, sequence_parallel=True, experts=4)),
+    "experts, tp2 x dp2, ep2 x edp2": (
+        4,
+        Case(gated=True, tp=2, sequence_parallel=True, ep=2, etp=1, experts=4),
+    ),
+    "experts, tp2, edp2": (2, Case(gated=True, tp=2, sequence_parallel=True, etp=1, experts=4)),
     "packed experts, dp2": (2, Case(gated=True, experts=4, packed=True)),
     "packed experts, ep2 x edp2": (4, Case(gated=True, ep=2, experts=4, packed=True)),
     "two instances of two ranks": (4, Case(gated=True, instances=2)),
@@ -66,8 +73,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_equal_those_of_one_process(ranks: RankPool, name: str) -> None:
     world_size, case = LOSSES[name]
-    if case.packed:
-        pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util")
+    skip_what_this_megatron_lacks(case)
     ours = ranks.run(world_size, losses_of, case)[0]
     alone = ranks.run(1, losses_of, case.alone())[0]
     for (loss, norm), (expected, expected_norm) in zip(ours, alone, strict=True):

@@ -19,6 +19,7 @@ from tests.integrations.megatron_training import (
     megatron_ready,
     resume,
     save,
+    skip_what_this_megatron_lacks,
     train,
     train_and_save,
 )
@@ -71,8 +72,7 @@ RESUMED = {
 def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """In fp32: sums in another order are the only difference."""
     sharding, (size, case), (other_size, other) = RESUMED[name]
-    if case.packed:
-        pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util")
+    skip_what_this_megatron_lacks(case)
     whole = ranks.run(size, train_and_save, case, str(tmp_path), sharding, 2)[0]
     resumed = ranks.run(other_size, resume, other, str(tmp_path), sharding, 2)[0]
     for (loss, norm), (expected, expected_norm) in zip(resumed, whole[2:], strict=True):
@@ -88,6 +88,54 @@ def test_the_loss_scale_and_half_precision_come_back(
     case = replace(PLAIN, dtype="fp16", distributed=sharding is not None)
     whole = ranks.run(2, train_and_save, case, str(tmp_path), sharding, 2)[0]
     assert ranks.run(2, resume, case, str(tmp_path), sharding, 2)[0] == whole[2:]
+
+
+def change_expert_parallelism(folder: str, optimizer: str) -> dict[str, str]:
+    """What a run says to the checkpoint of one with another degree, of which one is 1."""
+    from tests.integrations.megatron_training import load
+
+    messages = {}
+    for saved, resumed in ((2, 1), (1, 2)):
+        path = Path(folder) / f"{saved} to {resumed}"
+        case = replace(EXPERTS, ep=saved, optimizer=optimizer)
+        with megatron_ready(case):
+            chunks = make_chunks(case)
+            path.mkdir(exist_ok=True)
+            save(str(path), chunks, with_state(make_optimizer(case, chunks)), FULL)
+        case = replace(case, ep=resumed)
+        with megatron_ready(case):
+            chunks = make_chunks(case)
+            made = with_state(make_optimizer(case, chunks))
+            try:
+                load(str(path), chunks, made, FULL)
+            except Exception as error:
+                messages[path.name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+def with_state(optimizer: Any) -> Any:
+    """torch's Adam needs a state to be saved and loaded."""
+    for child in optimizer.chained_optimizers:
+        for group in child.optimizer.param_groups:
+            for param in group["params"]:
+                if not child.optimizer.state[param]:
+                    zeros = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+                    child.optimizer.state[param].update(step=torch.zeros(()), **zeros)
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["flashmuon", "adam"])
+def test_expert_parallelism_cannot_come_or_go(
+    ranks: RankPool, tmp_path: Path, optimizer: str
+) -> None:
+    """A limit of Megatron's: one optimizer without, two with. FlashMuon's message says it."""
+    for messages in ranks.run(2, change_expert_parallelism, str(tmp_path), optimizer):
+        assert messages["1 to 2"].startswith("RuntimeError: Expected 2 entries in state dict")
+        expected = {
+            "flashmuon": "ValueError: the checkpoint has several optimizers, this run has one",
+            "adam": "KeyError: 'optimizer'",
+        }
+        assert messages["2 to 1"].startswith(expected[optimizer])
 
 
 def keep_flags(folder: str) -> dict[str, Any]:
@@ -144,13 +192,7 @@ def refuse(folder: str) -> list[str]:
             messages.append(str(error))
         adam = replace(PLAIN, optimizer="adam")
         chunks = make_chunks(adam)
-        other = make_optimizer(adam, chunks)
-        for child in other.chained_optimizers:  # torch's Adam needs a state to be saved
-            for group in child.optimizer.param_groups:
-                for param in group["params"]:
-                    param.grad = torch.zeros_like(param)
-            child.optimizer.step()
-        save(folder, chunks, other, FULL)
+        save(folder, chunks, with_state(make_optimizer(adam, chunks)), FULL)
         chunks = make_chunks(PLAIN)
         try:
             load(folder, chunks, make_optimizer(PLAIN, chunks), FULL)

@@ -242,6 +242,9 @@ def refusals() -> dict[str, str]:
         chunks = make_chunks(Case())
         chunks[0].config.gtp_weight_remat_size = 2
         messages["generalized tensor parallelism"] = refused(chunks)
+        chunks = make_chunks(Case(experts=2))
+        chunks[0].config.expert_tensor_parallel_size = 2
+        messages["expert_tensor_parallel_size=2"] = refused(chunks)
         messages["model chunk"] = refused([nn.Linear(2, 2)])
     return messages
 
