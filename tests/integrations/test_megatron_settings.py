@@ -295,6 +295,21 @@ def test_what_is_orthogonalized(ranks: RankPool) -> None:
     }
 
 
+def rules_of_chunks(case: Case) -> list[set[str]]:
+    """Of each chunk on this rank, the rules of its ``linear_fc1``."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        rules = make_optimizer(case, chunks).chained_optimizers[0].flashmuon_rules
+        return [{rules[p] for n, p in c.named_parameters() if "fc1.weight" in n} for c in chunks]
+
+
+def test_an_override_can_name_one_chunk_of_a_virtual_pipeline(ranks: RankPool) -> None:
+    """Megatron names the layers of every chunk from 0."""
+    overrides = {"chunk1.*.linear_fc1.weight": "adamw"}
+    case = Case(pp=2, virtual=2, layers=4, settings={"overrides": overrides})
+    assert ranks.run(2, rules_of_chunks, case) == [[{"muon"}, {"adamw"}]] * 2
+
+
 # Layouts --------------------------------------------------------------------------------------
 
 
