@@ -109,7 +109,7 @@ def _of_chunk(chunk: nn.Module) -> Iterator[tuple[str, str]]:
                 "it shards weights in a third way, which is not described to FlashMuon. Leave it "
                 "out.",
             )
-    if _experts_reduced_as_dense(chunk, config):
+    if config is not None and _experts_reduced_as_dense(chunk, config):
         yield (
             f"expert_tensor_parallel_size={config.expert_tensor_parallel_size} with "
             f"tensor_model_parallel_size={config.tensor_model_parallel_size} and one "

@@ -31,8 +31,10 @@ def positions_here(length: int) -> Tensor:
     """This rank's positions; Megatron's rotary embeddings take the same."""
     from megatron.core import parallel_state as state
 
-    cp = state.get_context_parallel_world_size()
-    return positions(length, cp, state.get_context_parallel_rank()) if cp > 1 else torch.arange(length)
+    if state.get_context_parallel_world_size() == 1:
+        return torch.arange(length)
+    group = state.get_context_parallel_group()
+    return positions(length, group.size(), group.rank())
 
 
 def gathering_attention(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,7 @@ def grouped_gemm(tokens: Tensor, weights: Tensor, counts: Tensor, trans_b: bool 
 
 
 def packed_experts_patches() -> list[tuple[Any, str, Any]]:
-    """What ``GroupedMLP`` needs of the package; none where Megatron (0.17 and later) has no such."""
+    """What ``GroupedMLP`` needs of the package; nothing where Megatron has no such class."""
     try:
         from megatron.core.transformer.moe import experts, grouped_gemm_util
     except ImportError:
