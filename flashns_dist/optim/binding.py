@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -213,5 +214,20 @@ def _mesh_group(mesh: Any, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
     # The world itself is in the key: after it is destroyed, another world's groups are others.
     key = (dist.group.WORLD, tuple(sorted(ranks)))
     if key not in _GROUPS:
-        _GROUPS[key] = dist.new_group(sorted(ranks), use_local_synchronization=True)
+        with _unbound(dist.group.WORLD):
+            _GROUPS[key] = dist.new_group(sorted(ranks), use_local_synchronization=True)
     return _GROUPS[key]
+
+
+@contextmanager
+def _unbound(world: Any) -> Iterator[None]:
+    """Lets some ranks make a group by themselves, also where the world was given a ``device_id``.
+
+    NCCL would split the new group off the world's communicator, for which all ranks must call.
+    """
+    device = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device

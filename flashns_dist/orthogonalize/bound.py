@@ -39,11 +39,15 @@ def spectral_bound(
         The scales, ``(batch,)`` in fp32 (fp64 for fp64), finite for a zero matrix too: the
         eigenvalues of ``scale * gram`` are at most 1. And the square of ``scale * gram``.
     """
+    if small.runs_triton(kernels, gram):
+        norm, inverse = small.symmetric_norms(gram)
+        square = kernels.symmetric(gram, gram, alpha=inverse)
+        scale, weight = small.bound_scalars(norm, square)
+        return scale, Square(square, weight)
     norm = _frobenius(gram)
     # Divided by the norm, so that float16 holds the square of any matrix that it holds.
     square = kernels.symmetric(gram, gram, alpha=norm.clamp_min(TINY).reciprocal())
-    scalars = small.bound_scalars if small.runs_triton(kernels, gram) else bound_scalars
-    scale, weight = scalars(norm, _frobenius(square), gram.shape[-1])
+    scale, weight = bound_scalars(norm, _frobenius(square), gram.shape[-1])
     return scale, Square(square, weight)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import slope
 from flashns_dist.orthogonalize.kernels import small
-from flashns_dist.orthogonalize.kernels.interface import Kernels
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
 from flashns_dist.orthogonalize.stages import step_factor
 
 NUM_DIRECTIONS = 64
@@ -58,27 +58,38 @@ MARGIN = 1.26
 
 def deflate(
     kernels: Kernels,
-    x: Tensor,  # (8, 1024, 4096)
+    x: Tensor,  # (8, 1024, 4096), or (8, 4096, 1024)
     size: float,
+    *,
+    scale: Scalar = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``S X`` for each matrix of a batch; its singular values are at most those of ``X``.
 
     Args:
         kernels: The backend.
-        x: ``(batch, n, m)`` with ``n <= m`` and Frobenius norm ``size``, or zero.
+        x: ``(batch, rows, columns)``; ``X`` is ``scale * x``, transposed if that is tall, and has
+            Frobenius norm ``size`` or is zero. The products read ``x`` as it is, so that a scale
+            and a cast need no pass of their own.
         size: The norm, ``stages.entry_scale(n, m)``.
+        scale: Of each matrix.
+        dtype: Of the result, ``x.dtype`` by default.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``, not normalized again.
+        A new tensor ``(batch, n, m)``, ``n <= m``, not normalized again.
     """
-    n = x.shape[-2]
+    dtype = dtype or x.dtype
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if tall else x
+    n, unit = wide.shape[-2], scale / size
     signs = _signs(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
-    sketch = kernels.product(signs.expand(x.shape[0], -1, -1), x)
+    sketch = kernels.product(signs.expand(x.shape[0], -1, -1), wide, alpha=scale)
     # X Y has norm size^2 at most, and float16 holds size.
-    image = kernels.product(sketch, x.mT, alpha=1 / size)
-    a, weights = shrink_factors(kernels, image, signs, size)
-    projection = kernels.product(a, x, alpha=1 / size)
-    return kernels.product(weights.mT, projection, alpha=-1.0, c=x, beta=1.0)
+    image = kernels.product(sketch, wide.mT, alpha=unit)
+    a, weights = shrink_factors(kernels, image, signs, size, dtype)
+    projection = kernels.product(a, wide, alpha=unit, dtype=dtype)
+    left, right = (projection.mT, weights) if tall else (weights.mT, projection)
+    return kernels.product(left, right, alpha=-1.0, c=x, beta=scale, transpose=tall, dtype=dtype)
 
 
 def shrink_factors(
@@ -86,6 +97,7 @@ def shrink_factors(
     image: Tensor,  # (8, 64, 1024)
     signs: Tensor,  # (1, 64, 1024)
     size: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``A^T`` and ``phi(A^T A) A^T / ||X||^2``, the factors of ``S``, from ``(X Y)^T / size``.
 
@@ -97,23 +109,29 @@ def shrink_factors(
         image: ``(batch, k, n)``.
         signs: ``Omega^T``.
         size: ``||X||``.
+        dtype: Of the second result, that of ``image`` by default.
 
     Returns:
-        Both ``(batch, k, n)`` in the dtype of ``image``; the second is multiplied by ``size``.
+        Both ``(batch, k, n)``, the first in the dtype of ``image``; the second is multiplied by
+        ``size``.
     """
-    k, dtype = image.shape[1], image.dtype
+    k, dtype = image.shape[1], dtype or image.dtype
     if k == NUM_DIRECTIONS and small.runs_triton(kernels, image):
         weight = -1 / slope(SHRINK_ROW)
-        return small.shrink_factors(image, signs[0], size, MARGIN, BASIS_ROW, SHRINK_ROW, weight)
+        return small.shrink_factors(
+            image, signs[0], size, dtype, MARGIN, BASIS_ROW, SHRINK_ROW, weight
+        )
     # What has k rows is small, and in fp32 where rounding would show: a shrunk singular value is a
     # difference, a twentieth of its terms.
-    wide = image.to(torch.promote_types(dtype, torch.float32))
+    wide = image.to(torch.promote_types(image.dtype, torch.float32))
     inner = kernels.symmetric(wide, signs.to(wide.dtype).mT.expand(len(wide), -1, -1), alpha=size)
     trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
     inverse = 1 / torch.where(trace == 0, 1, trace)
     factor = step_factor(kernels, inner, BASIS_ROW, inverse)
     root = size * inverse.sqrt()
-    a = kernels.product(factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=dtype)
+    a = kernels.product(
+        factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=image.dtype
+    )
     wide = a.to(wide.dtype)
     phi = shrink_weights(kernels.gram(wide, alpha=1 / (MARGIN * size * size))).to(wide.dtype)
     return a, kernels.product(phi, wide, alpha=1 / (MARGIN * size), dtype=dtype)

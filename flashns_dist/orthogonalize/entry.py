@@ -35,7 +35,8 @@ def orthogonalize(
 
     Args:
         x: ``(..., n, m)``, tall or wide, float16, bfloat16, float32 or float64, any strides and any
-            finite scale; not changed. Gradients do not flow through.
+            finite scale (bfloat16 in a half-precision ``"fast"``: Frobenius norms of 1e-35 to
+            1e35); not changed. Gradients do not flow through.
         method: ``"standard"``: Newton-Schulz on ``X``; ``"gram"``: the same steps on ``X X^T``;
             ``"unbiased"``: three steps of high degree after a tight normalization, the most
             accurate; ``"fast"``: two such steps after shrinking the dominant singular values;

@@ -155,6 +155,6 @@ def run_ordered(
         matrix, scale = kernels.symmetric(factor, half, c=half, beta=a), 1.0
         factor = step_factor(kernels, matrix, row)
         a = slope(row)
-        total = kernels.product(factor, add_identity(total, shift), c=total, beta=a)
+        total = kernels.product(factor, total, c=total, beta=a, shift=shift)
         shift *= a
     return total, shift

@@ -7,6 +7,7 @@ needs two steps only.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from flashns_dist.orthogonalize.bound import spectral_bound
 from flashns_dist.orthogonalize.coefficients import Coefficients
 from flashns_dist.orthogonalize.deflation import deflate
 from flashns_dist.orthogonalize.gram import run_ordered
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple, Scalar
 from flashns_dist.orthogonalize.restarts import ordered_restarts
 from flashns_dist.orthogonalize.stages import entry_scale
 
@@ -61,8 +62,14 @@ def fast(
     """
     n, m = sorted(x.shape[-2:])
     size = entry_scale(n, m)
-    current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
-    current = deflate(kernels, current, size)
+    if {x.dtype, dtype} <= {torch.float16, torch.bfloat16}:
+        # Deflation reads the input as it is: no pass that only scales and casts.
+        packed = x if 1 in x.stride()[-2:] else x.contiguous()
+        scale = Multiple(kernels.inverse_norms(packed, scale=size))
+        current = deflate(kernels, packed, size, scale=scale, dtype=dtype)
+    else:
+        current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
+        current = deflate(kernels, current, size)
     return _iterate(kernels, current, coefficients, size, x.dtype, transpose)
 
 
@@ -86,8 +93,8 @@ def _iterate(
             # underflow; dividing by the bound is folded into the products.
             matrix = kernels.gram(current, alpha=n / size**2)
             scale, square = spectral_bound(kernels, matrix)
-            factor, shift = run_ordered(kernels, matrix, rows, scale, square)
-            weight = (scale * (n / size**2)).sqrt()
+            factor, shift = run_ordered(kernels, matrix, rows, Multiple(scale), square)
+            weight = Multiple(scale.sqrt(), math.sqrt(n) / size)
         else:
             factor, shift = run_ordered(kernels, kernels.gram(current), rows)
             weight = 1.0

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import slope
 from flashns_dist.orthogonalize.kernels.combine import combine
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import (
+    Kernels,
+    Multiple,
+    Scalar,
+    column,
+    is_number,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def step_factor(
                 kernels,
                 square.matrix,
                 gram,
-                alpha=alpha * square.weight,
+                alpha=Multiple(square.weight, alpha),
                 beta=beta * scale,
                 gamma=gamma,
             )
@@ -84,10 +90,8 @@ def step_factor(
 
 
 def scaled(matrix: Tensor, factor: Scalar) -> Tensor:
-    """``factor * matrix`` in the dtype of ``matrix``; ``factor`` may be ``(batch,)``."""
-    if isinstance(factor, Tensor):
-        return (matrix * factor[:, None, None]).to(matrix.dtype)
-    return matrix * factor
+    """``factor * matrix`` in the dtype of ``matrix``."""
+    return matrix * factor if is_number(factor) else (matrix * column(factor)).to(matrix.dtype)
 
 
 def add_identity(matrix: Tensor, value: float) -> Tensor:

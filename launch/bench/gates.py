@@ -1,11 +1,13 @@
 """Which methods pass the accuracy gates, by the spectra suites on the CPU.
 
     python -m launch.bench.gates --out gates.jsonl [--rows 256] [--aspects 1,4]
-        [--momentum FILE]
+        [--momentum FILE] [--input bfloat16]
 
 Half precision on the CPU means products in fp32 that are rounded once, as on tensor cores. Writes
 one line per suite, method and dtype, and prints the worst cases as a table. ``--momentum`` adds
 the matrices of a file written by ``torch.save``: a dict of names (or any keys) to 2-D tensors.
+With ``--input bfloat16`` every matrix is rounded to that first, the exact one too: ``fast`` reads
+such input in its products.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ CANDIDATES = [(name, torch.float16, None) for name in METHODS] + [
     ("unbiased", torch.bfloat16, None),
     ("fast", torch.bfloat16, None),
 ]
+INPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Case = tuple[Tensor, PolarFactor, float]
 
 
@@ -49,13 +52,14 @@ def suites(rows: int, aspects: list[float], momentum: Path | None) -> Iterator[t
         yield "momentum", {str(key): value.double() for key, value in found.items()}
 
 
-def prepare(matrices: dict[str, Tensor]) -> dict[str, Case]:
+def prepare(matrices: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Case]:
     """Each matrix with its exact polar factor and the error of ``gram`` in float16."""
     cases = {}
-    for name, x in matrices.items():
-        exact = polar_factor(x)
+    for name, whole in matrices.items():
+        x = whole.to(dtype)
+        exact = polar_factor(whole if dtype == torch.float32 else x.double())
         reference = orthogonalize(x.float(), method="gram", dtype=torch.float16)
-        cases[name] = x.float(), exact, orthogonality_error(reference, exact)
+        cases[name] = x, exact, orthogonality_error(reference, exact)
     return cases
 
 
@@ -75,7 +79,8 @@ def measure(record: Record, suite: str, cases: dict[str, Case]) -> None:
                 ratios.append(error / reference)
             failed += sigma > MAX_SIGMA or error > max(MAX_RATIO * reference, SMALL_ERROR)
         record.write(
-            "gates", suite=suite, method=method, coefficients=coefficients, dtype=str(dtype),
+            "gates", suite=suite, input=str(x.dtype), method=method,
+            coefficients=coefficients, dtype=str(dtype),
             worst_over_gram=round(max(ratios), 5), gates_failed=failed, errors=errors,
             sigmas=sigmas,
         )  # fmt: skip
@@ -95,11 +100,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--aspects", default="1,4")
     parser.add_argument("--momentum", type=Path)
+    parser.add_argument("--input", choices=sorted(INPUTS), default="float32")
     options = parser.parse_args()
     record = Record(options.out)
     aspects = [float(aspect) for aspect in options.aspects.split(",")]
     for suite, matrices in suites(options.rows, aspects, options.momentum):
-        measure(record, suite, prepare(matrices))
+        measure(record, suite, prepare(matrices, INPUTS[options.input]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What plans of large models look like on 8 to 4096 ranks: on paper, from the cost model.
 
-    python -m launch.bench.scale --cost calibration.json
+    python -m launch.bench.scale --cost calibration.json defaults
 
 Writes ``scale.jsonl`` and ``scale.png`` into ``--out``, and the table into ``--page``, between its
-``<!-- table -->`` lines. Assumptions: see docs/scale.md.
+``<!-- table -->`` lines: the first cost model's, what the second says in parentheses. Assumptions:
+see docs/scale.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ PAPER = ("llama-3-8b", "llama-3-70b", "llama-3-405b", "deepseek-v3")
 MOST_SHARDS = 512
 HOST_RANKS = 8
 ADAMW_BYTES = 28  # per element: weight, gradient and two moments read, all but the gradient written
+ADAMW_RATE = (
+    3.0e12  # bytes/s: torch's fused AdamW on 7 B parameters, docs/benchmarks/step-h200.jsonl
+)
+DEFAULTS = "defaults"
 MARK = "<!-- table -->"
 
 
@@ -94,7 +99,6 @@ def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
         for rank in range(ranks):
             stored[rank] += matrix.layout.local_numel(rank)
     exchanged, batch = buffers(plan)
-    adamw = cost.memory_seconds(ADAMW_BYTES * max(stored))
     return {
         "model": model,
         "elements": num_elements(MODELS[model]()),
@@ -113,25 +117,37 @@ def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
         "exchange_bytes": exchanged,
         "batch_bytes": batch,
         "step_seconds": prediction.step_seconds,
-        "adamw_seconds": adamw,
+        "adamw_seconds": ADAMW_BYTES * max(stored) / ADAMW_RATE,
     }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown: a row for each model and number of ranks, the second cost model in parentheses."""
     rows = [
         "| model | ranks | balance | ranks that work | sent per rank, MB | buffers + batch, MiB | "
-        "orthogonalize ms | wire ms | step ms | fused AdamW ms | planned in s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "orthogonalize ms | wire ms | launches ms | step ms | fused AdamW ms | planned in s |",
+        "|" + "---|" * 12,
     ]
+    cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in lines:
-        rows.append(
-            f"| {one['model']} | {one['ranks']} | {one['balance']:.2f} | {one['working_ranks']} | "
-            f"{one['sent_bytes'] / 1e6:.0f} | {one['exchange_bytes'] / 2**20:.0f} + "
-            f"{one['batch_bytes'] / 2**20:.0f} | {1e3 * one['orthogonalize_seconds']:.1f} | "
-            f"{1e3 * one['wire_seconds']:.1f} | {1e3 * one['step_seconds']:.1f} | "
-            f"{1e3 * one['adamw_seconds']:.2f} | {one['plan_seconds']:.1f} |"
-        )
+        cases.setdefault((one["model"], one["ranks"]), []).append(one)
+
+    def cell(own: list[dict[str, Any]], key: str, digits: int, factor: float = 1.0) -> str:
+        first, *others = (f"{factor * one[key]:.{digits}f}" for one in own)
+        return " ".join([first, *(f"({other})" for other in others)])
+
+    for (model, ranks), own in cases.items():
+        one = own[0]
+        seconds = ("orthogonalize", "wire", "host", "step")
+        cells = [
+            *(model, str(ranks), cell(own, "balance", 2), str(one["working_ranks"])),
+            cell(own[:1], "sent_bytes", 0, 1e-6),
+            f"{one['exchange_bytes'] / 2**20:.0f} + {one['batch_bytes'] / 2**20:.0f}",
+            *(cell(own, f"{name}_seconds", 1, 1e3) for name in seconds),
+            cell(own[:1], "adamw_seconds", 2, 1e3),
+            cell(own[:1], "plan_seconds", 1),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -142,17 +158,20 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    costs = list(dict.fromkeys(one["cost"] for one in lines))
     for number, model in enumerate(dict.fromkeys(one["model"] for one in lines)):
-        own = [one for one in lines if one["model"] == model]
-        ranks = [one["ranks"] for one in own]
-        color = f"C{number}"
-        axes[0].plot(
-            ranks, [1e3 * one["step_seconds"] for one in own], "o-", color=color, label=model
-        )
-        axes[0].plot(ranks, [1e3 * one["adamw_seconds"] for one in own], ":", color=color)
-        axes[1].plot(ranks, [one["balance"] for one in own], "o-", color=color, label=model)
+        color, own = f"C{number}", []
+        for cost, style in zip(costs, ("o-", "x--"), strict=False):
+            own = [one for one in lines if one["model"] == model and one["cost"] == cost]
+            label = model if cost == costs[0] else None
+            for axis, key, factor in ((axes[0], "step_seconds", 1e3), (axes[1], "balance", 1)):
+                values = [factor * one[key] for one in own]
+                axis.plot([one["ranks"] for one in own], values, style, color=color, label=label)
+        adamw = [1e3 * one["adamw_seconds"] for one in own]
+        axes[0].plot([one["ranks"] for one in own], adamw, ":", color=color)
     axes[0].set_ylabel("predicted step, ms (dotted: fused AdamW)")
     axes[1].set_ylabel("busiest over mean orthogonalization")
+    figure.suptitle(", dashed: ".join(costs[:2]), fontsize=9)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -168,23 +187,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--page", type=Path, help="docs/scale.md: replace its table")
-    parser.add_argument("--cost", type=Path, help="calibration (default: the model's defaults)")
+    parser.add_argument(
+        "--cost", nargs="+", default=[DEFAULTS], help=f"calibrations, at most two; or {DEFAULTS}"
+    )
     parser.add_argument("--models", default=",".join(PAPER))
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--link", type=float, default=45e9, help="bytes/s of a rank between hosts")
     parser.add_argument("--peer-seconds", type=float, default=1e-6, help="latency per rank")
     chosen = parser.parse_args(arguments)
-    cost = CostModel.load(chosen.cost) if chosen.cost else CostModel()
+    costs = {
+        Path(given).name: CostModel() if given == DEFAULTS else CostModel.load(given)
+        for given in chosen.cost
+    }
     chosen.out.mkdir(parents=True, exist_ok=True)
     lines = []
     with (chosen.out / "scale.jsonl").open("w") as file:
         for model in chosen.models.split(","):
             for ranks in map(int, chosen.ranks.split(",")):
-                network = on_many_hosts(cost, ranks, chosen.link, chosen.peer_seconds)
-                lines.append(line(model, ranks, network))
-                measured = str(chosen.cost.name) if chosen.cost else "defaults"
-                file.write(json.dumps(lines[-1] | {"cost": measured}) + "\n")
-                file.flush()
+                for name, cost in costs.items():
+                    network = on_many_hosts(cost, ranks, chosen.link, chosen.peer_seconds)
+                    lines.append(line(model, ranks, network) | {"cost": name})
+                    file.write(json.dumps(lines[-1]) + "\n")
+                    file.flush()
     text = table(lines)
     print(text)
     plot(lines, chosen.out / "scale.png")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
@@ -275,3 +275,36 @@ def nonfinite_in_a_smaller_group(row_axis_too: bool) -> None:
 @pytest.mark.parametrize("row_axis_too", [True, False])
 def test_a_nonfinite_gradient_stops_other_groups_too(ranks: RankPool, row_axis_too: bool) -> None:
     ranks.run(4, nonfinite_in_a_smaller_group, row_axis_too)
+
+
+def mesh_of_some_ranks() -> None:
+    """Ranks 0 and 1 make the group of their mesh without rank 2, whose mesh has one dim."""
+    world, device = dist.group.WORLD, rank_device()
+    rank = dist.get_rank()
+    bound = world.bound_device_id
+    world.bound_device_id = torch.device(device.type, device.index or 0)  # as device_id= does
+    try:
+        ranks = [[0], [1]] if rank < 2 else [2]
+        mesh = DeviceMesh(device.type, ranks, _init_backend=False)
+        value = torch.sin(torch.arange(48, device=device).float()).view(6, 8)
+        rows = 3 if rank < 2 else 6
+        local = value[rank % 2 * 3 :][:rows].clone()
+        placements = [Shard(0)] * mesh.ndim
+        if rank == 2:
+            param = nn.Parameter(local)
+            param.grad = local.cos()
+        else:
+            param = nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
+            param.grad = DTensor.from_local(local.cos(), mesh, placements, run_check=False)
+        FlashMuon([("weight", param)], exchange=ExchangeOptions(replica_group=None)).step()
+        assert world.bound_device_id is not None
+    finally:
+        world.bound_device_id = bound
+    result = getattr(param, "_local_tensor", param).detach()
+    every = [torch.empty(6, 8, device=device) for _ in range(3)]
+    dist.all_gather(every, torch.cat([result, result])[:6].contiguous())
+    assert torch.equal(torch.cat([every[0][:3], every[1][:3]]), every[2])
+
+
+def test_a_mesh_of_some_ranks_needs_no_others(ranks: RankPool) -> None:
+    ranks.run(3, mesh_of_some_ranks)

@@ -97,6 +97,23 @@ def test_deflation_bounds_the_norm_and_keeps_the_polar_factor(aspect):
         assert error < 0.05, name
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_deflation_scales_casts_and_transposes_what_it_reads(tall):
+    x = torch.stack([spectra(96, 2)[name] for name in ("power_1", "one_dominant")]).bfloat16()
+    size = 128.0
+    scale = KERNELS.inverse_norms(x, scale=size)
+    source = x.mT.contiguous() if tall else x
+    result = deflate(KERNELS, source, size, scale=scale, dtype=torch.float16)
+    normalized = x.double() * scale[:, None, None].double()
+    expected = deflate(KERNELS, normalized, size)
+    assert result.dtype == torch.float16
+    assert result.shape == (2, 96, 192)
+    # What is shrunk is a difference of what bfloat16 factors of norm `size` have rounded.
+    assert torch.linalg.matrix_norm(result.double() - expected, 2).max() < size / 128
+    zero = torch.zeros(1, 40, 50, dtype=torch.bfloat16)
+    assert not deflate(KERNELS, zero, size, scale=KERNELS.inverse_norms(zero, scale=size)).any()
+
+
 def test_deflation_leaves_a_flat_spectrum_nearly_alone():
     x = spectra(256, 4)["gaussian"]
     size = (256 * 1024) ** 0.5

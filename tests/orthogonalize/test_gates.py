@@ -44,6 +44,25 @@ def test_float16_passes_the_gates(method, n, aspect):
         assert orthogonality_error(result, exact) <= max(MAX_RATIO * reference, SMALL_ERROR), name
 
 
+@pytest.mark.parametrize(("n", "aspect"), [(128, 1), (192, 2)])
+@pytest.mark.parametrize("tall", [False, True])
+def test_bfloat16_input_passes_the_gates_of_float16(n, aspect, tall):
+    """``fast`` reads such input as it is, and then has factors of eight bits."""
+    for name, (x, _, _) in gram_errors(n, aspect).items():
+        rounded = x.bfloat16()
+        if not rounded.isfinite().all():
+            continue
+        exact = polar_factor(rounded.double())
+        reference = orthogonality_error(
+            orthogonalize(rounded.float(), method="gram", dtype=torch.float16), exact
+        )
+        source = rounded.mT.contiguous() if tall else rounded
+        result = orthogonalize(source, method="fast", dtype=torch.float16)
+        result = result.mT if tall else result
+        assert largest_singular_value(result) <= MAX_SIGMA, name
+        assert orthogonality_error(result, exact) <= max(MAX_RATIO * reference, SMALL_ERROR), name
+
+
 @pytest.mark.parametrize("method", ["fast", "unbiased"])
 def test_the_mean_error_is_below_that_of_gram(method):
     for n, aspect in ((128, 1), (192, 2)):

@@ -20,6 +20,8 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from flashns_dist.orthogonalize.gram import run_steps  # noqa: E402
+from flashns_dist.orthogonalize.kernels.combine import combine  # noqa: E402
+from flashns_dist.orthogonalize.kernels.interface import Multiple  # noqa: E402
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig  # noqa: E402
@@ -89,6 +91,44 @@ def test_products_are_as_exact_as_torch(batch, n, m, dtype, descriptors):
     product = kernels.product(square, x, c=x, **scalars)
     exact = 0.7 * square.double() @ wide + 2 * wide
     assert_as_good(product, REFERENCE.product(square, x, c=x, **scalars), exact)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_shift_and_an_addend_of_another_dtype(dtype, descriptors, transpose):
+    kernels = kernels_of(descriptors)
+    a, b = (random(2, 72, 72, seed=seed, dtype=dtype) / 8 for seed in (0, 1))
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    c = random(2, 72, 72, seed=2, dtype=other)
+    beta = torch.tensor([0.3, -2.0], device=DEVICE)
+    scalars = {"alpha": 0.7, "beta": beta, "shift": -5.0, "transpose": transpose}
+    found = kernels.product(a, b, c=c, **scalars)
+    exact = 0.7 * a.double() @ b.double() - 3.5 * a.double()
+    exact = exact + beta[:, None, None] * c.double()
+    expected = REFERENCE.product(a, b, c=c, **scalars)
+    assert_as_good(found, expected, exact.mT if transpose else exact)
+    for backend in (kernels, REFERENCE):
+        multiple = backend.product(a, b, c=c, **scalars | {"beta": Multiple(beta / 4, 4.0)})
+        assert torch.equal(multiple, backend.product(a, b, c=c, **scalars))
+
+
+def test_multiples_are_multiplied_where_they_are_read():
+    x = random(3, 40, 56, dtype=torch.float16) / 8
+    values = torch.tensor([0.5, 2.0, -1.0], device=DEVICE)
+    multiple = 0.5 * Multiple(values * 4) / 2.0  # powers of two: no rounding
+    for kernels in (TritonKernels(), REFERENCE):
+        gram = kernels.gram(x, alpha=multiple)
+        assert torch.equal(gram, kernels.gram(x, alpha=values))
+        for name in ("alpha", "beta", "gamma"):
+            given = {"alpha": 0.5, "beta": 2.0, "gamma": 0.25, name: multiple}
+            plain = given | {name: values}
+            found = kernels.symmetric(gram, gram, c=gram, **given)
+            assert torch.equal(found, kernels.symmetric(gram, gram, c=gram, **plain)), name
+            found = combine(kernels, gram, gram, **given)
+            assert torch.equal(found, combine(kernels, gram, gram, **plain)), name
+    square = multiple * multiple
+    assert torch.equal(square.tensor(), values * values)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -224,6 +264,25 @@ def test_normalize_takes_every_finite_scale(shape, transpose, source):
             assert torch.allclose(norms.double(), true_norms, rtol=1e-5, atol=2e-45)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 33), (2, 182, 200)])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_inverse_norms_take_every_scale_and_layout(shape, source):
+    kernels = TritonKernels()
+    for size in (1.0,) if source == torch.float16 else (1e-30, 1.0, 1e30):
+        x = (random(*shape) * size).to(source)
+        x[-1] = 0
+        exact = 3.0 / torch.linalg.vector_norm(x.double(), dim=(1, 2))
+        exact[-1] = 0
+        wide = torch.zeros(shape[0], 200, 300, dtype=source, device=DEVICE)
+        wide = wide[:, : shape[1], : shape[2]].copy_(x)
+        for view in (x, x.mT.contiguous().mT, wide):
+            for backend in (kernels, REFERENCE):
+                found = backend.inverse_norms(view, scale=3.0)
+                assert torch.allclose(found.double(), exact.to(found.device), rtol=1e-5, atol=0)
+    x[0, 1, 2] = torch.nan
+    assert kernels.inverse_norms(x).isnan().tolist() == [True] + [False] * (shape[0] - 1)
+
+
 def test_normalize_isolates_zeros_and_nans():
     kernels = TritonKernels()
     for shape in ((3, 20, 33), (3, 182, 200)):
@@ -332,9 +391,10 @@ def test_torch_compile_sees_one_operator_per_product():
 
     def function(x, scale):
         x, norms = kernels.normalize(x, dtype=torch.float16, transpose=False, scale=4.0)
-        gram = kernels.gram(x, alpha=norms / 100)
+        gram = kernels.gram(x, alpha=Multiple(norms, 0.01))
         gram = kernels.symmetric(gram, gram, c=gram, beta=0.5, gamma=1.0)
         factor, _ = kernels.gram_space(x, ROWS[:2], alpha=1 / 16)
+        gram = kernels.product(gram, gram, alpha=kernels.inverse_norms(x), shift=2.0)
         return kernels.product(gram + factor, x, column_scale=scale, transpose=True)
 
     expected = function(x, scale)

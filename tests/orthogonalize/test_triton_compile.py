@@ -18,7 +18,9 @@ import json, os, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from flashns_dist.orthogonalize.kernels import triton_configs as configs
+from flashns_dist.orthogonalize.deflation import BASIS_ROW, SHRINK_ROW
+from flashns_dist.orthogonalize.kernels import small_triton, triton_configs as configs
+from flashns_dist.orthogonalize.kernels.triton_normalize import inverse_norms_kernel
 from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
@@ -49,6 +51,7 @@ def build(kernel, types, constants, config, arch):
 def symmetric(config, tma, arch):
     size, depth = config.rows, config.depth
     names = {"alpha": "fp32", "beta": "fp32", "gamma": "fp32"}
+    names |= {name + "_factor": "fp32" for name in names}
     boxes = {"a": (size, depth), "b": (config.cols, depth), "c": (size, size), "out": (size, size)}
     for name, (rows, cols) in boxes.items():
         names[name] = f"tensordesc<fp16[1, {rows}, {cols}]>" if tma else "*fp16"
@@ -58,23 +61,49 @@ def symmetric(config, tma, arch):
         stride_ac=1, stride_bc=1, stride_cc=1, stride_oc=1)
     return build(symmetric_kernel, names, constants, config, arch)
 
-def product(config, tma, arch):
+def product(config, tma, arch, shifted):
+    # With a shift, or with the bfloat16 addend that deflation reads.
     rows, cols, depth = config.rows, config.cols, config.depth
-    names = {"alpha": "fp32", "beta": "fp32"}
-    boxes = {"a": (rows, depth), "x": (depth, cols), "c": (rows, cols), "out": (cols, rows)}
+    names = {"alpha": "fp32", "beta": "fp32" if shifted else "*fp32", "shift": "fp32",
+             "alpha_factor": "fp32", "beta_factor": "fp32"}
+    boxes = {"a": (rows, depth), "x": (depth, cols), "c": (rows, cols), "d": (rows, cols),
+             "out": (cols, rows)}
     for name, (r, c) in boxes.items():
-        names[name] = f"tensordesc<fp16[1, {r}, {c}]>" if tma else "*fp16"
-    constants = dict(HAS_C=True, ALPHA_EACH=False, BETA_EACH=False, A_SWAPPED=False,
+        dtype = "bf16" if name == "c" and not shifted else "fp16"
+        names[name] = f"tensordesc<{dtype}[1, {r}, {c}]>" if tma else f"*{dtype}"
+    constants = dict(HAS_C=True, SHIFTED=shifted, ALPHA_EACH=False, BETA_EACH=not shifted,
+        A_SWAPPED=False,
         X_SWAPPED=False, C_SWAPPED=False, TRANSPOSE=True, BLOCK_N=rows, BLOCK_M=cols,
         BLOCK_K=depth, GROUP=config.group, TMA=tma, DTYPE=tl.float16, PRECISION="ieee",
         stride_ac=1, stride_xc=1, stride_cc=1, stride_oc=1)
     return build(product_kernel, names, constants, config, arch)
 
+def small(kernel, arch, constants, warps=4, stages=3, **types):
+    config = configs.TileConfig(0, 0, 0, warps, stages)
+    return build(kernel, types, constants, config, arch) | {"name": kernel.__name__}
+
+def smalls(arch):
+    fp32 = "*fp32"
+    yield small(small_triton.squares_kernel, arch, {"TILE": 128}, 8, matrix="*fp16", sums=fp32)
+    yield small(small_triton.norm_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32, inverse=fp32)
+    yield small(small_triton.bound_scalars_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32,
+        scale=fp32, weight=fp32)
+    yield small(inverse_norms_kernel, arch, {"CHUNKS": 256}, sums=fp32, levels="*i32", out=fp32,
+        scale="fp32")
+    shape = {"K": 64, "BLOCK": 64, "PRECISION": "tf32x3"}
+    half = {"image": "*bf16", "signs": "*bf16", "a": "*bf16", "size": "fp32"}
+    yield small(small_triton.shrink_basis_kernel, arch, shape | {"ROW": BASIS_ROW}, 4, 4, **half)
+    shape |= {"ROW": SHRINK_ROW, "WEIGHT": 1.0}
+    yield small(small_triton.shrink_weights_kernel, arch, shape, 4, 4, a="*bf16", weights="*fp16",
+        size="fp32", margin="fp32")
+
 hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
-hopper += [product(c, True, 90) for c in (*configs.PRODUCT_TMA, *configs.PRODUCT_SHALLOW)]
+hopper += [product(c, True, 90, True) for c in configs.PRODUCT_TMA]
+hopper += [product(c, True, 90, False) for c in configs.PRODUCT_SHALLOW]
 ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
-ampere += [product(c, False, 80) for c in configs.PRODUCT_POINTER]
-print(json.dumps({"hopper": hopper, "ampere": ampere}))
+ampere += [product(c, False, 80, s) for c in configs.PRODUCT_POINTER for s in (True, False)]
+small_kernels = [*smalls(90), *smalls(80)]
+print(json.dumps({"hopper": hopper, "ampere": ampere, "small": small_kernels}))
 """
 
 
@@ -109,6 +138,13 @@ def test_two_programs_of_the_first_symmetric_tile_share_an_sm(built):
     # and 65536 registers.
     assert 2 * (first["shared"] + 1024) <= 228 * 1024
     assert 2 * first["registers"] * 32 * first["warps"] <= 65536
+
+
+@pytest.mark.slow
+def test_small_kernels_fit_and_only_shrinking_multiplies(built):
+    for kernel in built["small"]:
+        assert kernel["shared"] <= 99 * 1024, kernel
+        assert (kernel["mma"] or kernel["wgmma"]) == kernel["name"].startswith("shrink"), kernel
 
 
 @pytest.mark.slow

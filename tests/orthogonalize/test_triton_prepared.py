@@ -67,15 +67,15 @@ def operands(count=4, n=256, m=256):
     return [torch.zeros(2, n, m, dtype=torch.float16) for _ in range(count)]
 
 
-def symmetric(tensors, scalars=(0.5, 2.0, 0.0), tma=True):
+def symmetric(tensors, scalars=(0.5, 2.0, 0.0, 1.0, 1.0, 1.0), tma=True):
     a, b, c, out = tensors
     return symmetric_launch(
         a, b, c, out, scalars, config=CONFIG, tma=tma, input_precision="ieee", num_sms=4
     )
 
 
-def product(tensors, scalars=(0.5, 2.0), tma=True):
-    a, x, c, out = tensors
+def product(tensors, scalars=(0.5, 2.0, 1.0, 1.0, 0.0), tma=True):
+    a, x, c, _, out = tensors
     return product_launch(
         a, x, c, out, scalars, False, config=CONFIG, tma=tma, input_precision="ieee"
     )
@@ -86,13 +86,22 @@ def product(tensors, scalars=(0.5, 2.0), tma=True):
 @pytest.mark.parametrize("each", [False, True])
 def test_a_repeated_launch_passes_what_triton_would(make, tma, each):
     calls = []
-    scalars = [torch.ones(2) if each else 0.5 + i for i in range(3 if make is symmetric else 2)]
-    first = make(operands(), tuple(scalars), tma)
+    num_scalars, count = (3, 4) if make is symmetric else (2, 5)
+
+    def scalars_of(start):
+        scalars = [torch.ones(2) if each else start + i for i in range(num_scalars)]
+        scalars += [start + 10 + i for i in range(num_scalars)]  # what they are multiplied with
+        return scalars if make is symmetric else [*scalars, start + 20]  # and the shift
+
+    scalars = scalars_of(0.5)
+    first = make(operands(count), tuple(scalars), tma)
     kernel = compiled(first, calls)
     again = prepared.prepare(first, kernel, 1)
     assert calls == []  # preparing launches nothing
-    tensors = operands()
-    scalars = [torch.ones(2) if each else 7.5 + i for i in range(len(scalars))]
+    tensors = operands(count)
+    scalars = scalars_of(7.5)
+    if make is product:  # with a shift the fourth operand is `a` again
+        tensors[3] = tensors[0]
     other = make(tensors, tuple(scalars), tma)
     _, values = prepared.key_and_values(tensors, scalars)
     again(values)
@@ -111,14 +120,14 @@ def test_without_c_the_output_stands_in_for_it():
     calls = []
     first = symmetric((a, b, None, out))
     again = prepared.prepare(first, compiled(first, calls), 0)
-    again(prepared.key_and_values((a, b, out, out), (0.5, 0.0, 0.0))[1])
+    again(prepared.key_and_values((a, b, out, out), (0.5, 0.0, 0.0, 1.0, 1.0, 1.0))[1])
     assert sum(str(out.data_ptr()) in str(p) for p in calls[0] if isinstance(p, tuple)) == 2
 
 
 def test_a_prepared_launch_keeps_no_tensor_alive():
     for tma in (False, True):
         tensors = operands()
-        scalars = (torch.ones(2), 1.0, 0.0)
+        scalars = (torch.ones(2), 1.0, 0.0, 1.0, 1.0, 1.0)
         launch = symmetric(tensors, scalars, tma)
         again = prepared.prepare(launch, compiled(launch, []), 0)
         again(prepared.key_and_values(tensors, scalars)[1])

@@ -13,9 +13,9 @@ from flashns_dist.layout import Block, Box, Piece
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rounding import element_noise
-from flashns_dist.optim.rules.dion2 import check_rectangles
 from flashns_dist.optim.rules.muon import update_weights
 from flashns_dist.optim.rules.rule import MatrixRule, check_fraction
+from flashns_dist.optim.rules.selection import check_rectangles
 
 _BATCH_ELEMENTS = 2**24  # of the factors that are reduced at once
 

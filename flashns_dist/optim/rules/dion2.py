@@ -11,17 +11,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flashns_dist.exchange import Selection, borders, matrix_box, reduce_largest_, reduce_sum_
-from flashns_dist.layout import Block, Box, Piece, block_holders
+from flashns_dist.layout import Block, Box
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_, update_weights
-from flashns_dist.optim.rules.normuon import scale_rows_, share_row_moments
+from flashns_dist.optim.rules.normuon import moment_dtype, scale_rows_, share_row_moments
 from flashns_dist.optim.rules.rule import check_fraction, check_positive
 from flashns_dist.optim.rules.scaling import renormalize_
-from flashns_dist.plan import Matrix
-
-_BITS = 30  # of a magnitude, relative to the largest of its matrix
+from flashns_dist.optim.rules.selection import (
+    Geometry,
+    box_of,
+    check_rectangles,
+    choose,
+    selected_dim,
+)
 
 
 class Dion2(Muon):
@@ -74,7 +77,7 @@ class Dion2(Muon):
 
     def work_shape(self, shape: tuple[int, int], group: Mapping[str, Any]) -> tuple[int, int]:
         rows, cols = shape
-        if _selected_dim(shape, group) == 0:
+        if selected_dim(shape, group) == 0:
             return ceil(float(group["fraction"]) * rows), cols
         return rows, ceil(float(group["fraction"]) * cols)
 
@@ -86,53 +89,65 @@ class Dion2(Muon):
         """
         geometry = run.kept.get((self.name, group_index))
         if geometry is None:
-            geometry = run.kept[self.name, group_index] = _Geometry(run, group_index)
-        momenta = []
+            geometry = run.kept[self.name, group_index] = Geometry(run, group_index)
+        momenta, added, gradients = [], [], []
         for index, piece in geometry.held:
             tensor = run.matrix(index).tensor
             momentum = piece.view(run.local_state(tensor, "momentum_buffer"))
             gradient = run.gradients[tensor]
             if gradient is not None:
-                momentum.add_(piece.view(gradient))
+                added.append(momentum)
+                gradients.append(piece.view(gradient))
             momenta.append(momentum)
-        sums = _sums(geometry, momenta)
-        run.choices.update(_choices(geometry, _largest(geometry, sums)))
+        if added:
+            torch._foreach_add_(added, gradients)
+        run.choices.update(choose(geometry, momenta))
 
     def before(self, pieces: Pieces) -> list[Tensor]:
-        mu = float(pieces.group["momentum"])
-        directions = []
-        for (index, piece), momentum in zip(
-            pieces.held, pieces.state("momentum_buffer"), strict=True
-        ):
-            choice, box = pieces.run.choices[index], _box(pieces.run, index, piece)
-            inside = momentum.view(box.size)
-            where = choice.inside(box)
-            selected = inside.index_select(choice.selection.dim, where)
-            inside.index_copy_(choice.selection.dim, where, selected * mu)
-            directions.append(selected)
-        return directions
+        if not pieces.held:
+            return []
+        places, selected = _places(pieces), []
+        momenta = pieces.state("momentum_buffer")
+        for place, momentum in zip(places, momenta, strict=True):
+            inside = momentum.view(place.box.size)
+            selected.append(inside.index_select(place.dim, place.indices))
+        kept = torch._foreach_mul(selected, float(pieces.group["momentum"]))
+        for place, momentum, value in zip(places, momenta, kept, strict=True):
+            momentum.view(place.box.size).index_copy_(place.dim, place.indices, value)
+        return selected
 
     def on_owner(
         self, run: Run, indices: Sequence[int], batch: Tensor, group: Mapping[str, Any]
     ) -> Tensor:
         updates = orthogonalized_(batch, group)
         if group["normuon"]:
-            for index, update in zip(indices, updates, strict=True):
-                moments = run.block_state(index, "row_moment")
-                where = run.choices[index].indices
-                selected = moments[where]
-                scale_rows_(update, selected, group)
-                moments[where] = selected
+            moments = [run.block_state(index, "row_moment") for index in indices]
+            starts = list(accumulate((len(m) for m in moments[:-1]), initial=0))
+            rows = [run.choices[index].indices for index in indices]
+            where = torch.stack(torch._foreach_add(rows, starts))
+            dtype = moment_dtype(updates)
+            flat = torch.cat([moment.to(dtype) for moment in moments])
+            selected = flat[where]
+            scale_rows_(updates, selected, group)
+            flat[where] = selected
+            torch._foreach_copy_(moments, list(flat.split([len(m) for m in moments])))
         renormalize_(updates, group["renormalize"])
         return updates
 
     def after(self, pieces: Pieces, updates: Sequence[Tensor]) -> None:
+        if not pieces.held:
+            return
+        sizes = [piece.box.numel for _, piece in pieces.held]
         whole = []
-        for (index, piece), update in zip(pieces.held, updates, strict=True):
-            choice, box = pieces.run.choices[index], _box(pieces.run, index, piece)
-            full = update.new_zeros(box.size)
-            full.index_copy_(choice.selection.dim, choice.inside(box), update)
-            whole.append(full.view(piece.box.size))
+        for place, update, part, (_, piece) in zip(
+            _places(pieces),
+            updates,
+            updates[0].new_zeros(sum(sizes)).split(sizes),
+            pieces.held,
+            strict=True,
+        ):
+            part.view(place.box.size).index_copy_(place.dim, place.indices, update)
+            whole.append(part.view(piece.box.size))
         update_weights(pieces, whole)
 
     def end(self, run: Run, group_index: int) -> None:
@@ -141,137 +156,30 @@ class Dion2(Muon):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The rows or columns of one matrix that take part in a step.
+class _Place:
+    """Where a piece's selected rows or columns are.
 
     Attributes:
-        selection: How many, and where they lie between boxes.
-        indices: Ascending, on the device.
+        box: The piece in its matrix.
+        dim: 0 for rows, 1 for columns.
+        indices: Counted from the box's beginning.
     """
 
-    selection: Selection
+    box: Box
+    dim: int
     indices: Tensor
 
-    def inside(self, box: Box) -> Tensor:
-        """The selected indices inside a box of the matrix, counted from its beginning."""
-        dim, below = self.selection.dim, self.selection.below
-        start, stop = box.start[dim], box.start[dim] + box.size[dim]
-        return self.indices[below[start] : below[stop]] - start
+
+def _places(pieces: Pieces) -> list[_Place]:
+    boxes = [box_of(pieces.run, index, piece) for index, piece in pieces.held]
+    choices = [pieces.run.choices[index] for index, _ in pieces.held]
+    dims = [choice.selection.dim for choice in choices]
+    inside = [choice.inside(box) for choice, box in zip(choices, boxes, strict=True)]
+    starts = [box.start[dim] for box, dim in zip(boxes, dims, strict=True)]
+    return [
+        _Place(*found)
+        for found in zip(boxes, dims, torch._foreach_sub(inside, starts), strict=True)
+    ]
 
 
-class _Geometry:
-    """Where the matrices of one parameter group lie; numbered from 0 here. Made once per plan."""
-
-    def __init__(self, run: Run, group_index: int) -> None:
-        group = run.groups[group_index]
-        self.matrices = run.matrices_of(group_index)
-        bound = run.bound[run.matrix(self.matrices[0]).tensor]
-        self.process_group = bound.process_group
-        self.device = bound.local(bound.storage).device
-        self.works = [run.matrix(i).work_shape for i in self.matrices]
-        shapes = [run.matrix(i).block.shape for i in self.matrices]
-        self.dims = [_selected_dim(shape, group) for shape in shapes]
-        self.lengths = [shape[dim] for shape, dim in zip(shapes, self.dims, strict=True)]
-        self.starts = list(accumulate(self.lengths, initial=0))
-        self.held: list[tuple[int, Piece]] = []
-        self.numbers: list[int] = []
-        self.boxes: list[Box] = []
-        self.counted: list[bool] = []  # whether no earlier rank stores the same
-        for number, index in enumerate(self.matrices):
-            for piece in run.pieces_of(index):
-                holders = run.matrix(index).layout.holders[piece.fragment.box]
-                self.held.append((index, piece))
-                self.numbers.append(number)
-                self.boxes.append(_box(run, index, piece))
-                self.counted.append(holders[0] == bound.group_rank)
-        self.number_of_piece = torch.tensor(self.numbers, dtype=torch.int64, device=self.device)
-        self.borders = [
-            borders(run.plan, i, dim) for i, dim in zip(self.matrices, self.dims, strict=True)
-        ]
-        places = [
-            start + border
-            for start, found in zip(self.starts, self.borders, strict=False)
-            for border in found
-        ]
-        self.places = torch.tensor(places, device=self.device)
-
-
-def _sums(geometry: _Geometry, momenta: Sequence[Tensor]) -> Tensor:
-    """Sums of magnitudes of all rows or columns: int64, exact, the same on every rank."""
-    device = geometry.device
-    largest = torch.zeros(len(geometry.matrices), dtype=torch.float64, device=device)
-    if momenta:
-        found = torch.stack(list(torch._foreach_norm(list(momenta), ord=float("inf")))).double()
-        largest.scatter_reduce_(0, geometry.number_of_piece, found, "amax")
-    reduce_largest_(largest, geometry.process_group)
-    exponents = (_BITS - torch.frexp(largest).exponent).clamp(max=126)  # in fp32
-    scales = torch.ldexp(torch.ones_like(largest), exponents)
-    sums = torch.zeros(geometry.starts[-1], dtype=torch.int64, device=device)
-    for momentum, number, box, is_counted in zip(
-        momenta, geometry.numbers, geometry.boxes, geometry.counted, strict=True
-    ):
-        if is_counted:
-            dim = geometry.dims[number]
-            scaled = momentum.view(box.size).abs().mul_(scales[number].to(momentum.dtype))
-            begin = geometry.starts[number] + box.start[dim]
-            magnitudes = scaled.to(torch.int32)
-            sums[begin : begin + box.size[dim]] += magnitudes.sum(1 - dim, dtype=torch.int64)
-    reduce_sum_(sums, geometry.process_group)
-    return sums
-
-
-def _largest(geometry: _Geometry, sums: Tensor) -> list[Tensor]:
-    """For each matrix, the indices with the largest sums, ascending; of equals the first."""
-    alike: dict[tuple[int, int], list[int]] = {}
-    for number, (length, dim) in enumerate(zip(geometry.lengths, geometry.dims, strict=True)):
-        alike.setdefault((length, geometry.works[number][dim]), []).append(number)
-    chosen: dict[int, Tensor] = {}
-    for (length, count), numbers in alike.items():
-        rows = torch.stack([sums.narrow(0, geometry.starts[n], length) for n in numbers])
-        order = torch.sort(rows, dim=1, descending=True, stable=True).indices
-        found = order[:, :count].sort(dim=1).values
-        chosen.update(zip(numbers, found.unbind(), strict=True))
-    return [chosen[number] for number in range(len(geometry.matrices))]
-
-
-def _choices(geometry: _Geometry, chosen: Sequence[Tensor]) -> dict[int, Choice]:
-    """How many of the chosen indices lie in each box. Waits for the device."""
-    starts, device = geometry.starts, geometry.device
-    mask = torch.zeros(starts[-1], dtype=torch.int32, device=device)
-    mask[torch.cat([indices + start for indices, start in zip(chosen, starts, strict=False)])] = 1
-    below = torch.zeros(len(mask) + 1, dtype=torch.int32, device=device)
-    torch.cumsum(mask, 0, out=below[1:])
-    counts = iter(below[geometry.places].tolist())
-    choices = {}
-    for number, index in enumerate(geometry.matrices):
-        found = {border: next(counts) for border in geometry.borders[number]}
-        first = found[0]
-        selection = Selection(
-            geometry.dims[number],
-            geometry.works[number],
-            {border: count - first for border, count in found.items()},
-        )
-        choices[index] = Choice(selection, chosen[number])
-    return choices
-
-
-def check_rectangles(bound: BoundParameter) -> None:
-    """Raise NotImplementedError where a rank's piece is no rectangle of its matrix."""
-    for block in bound.blocks:
-        matrix = Matrix(bound.name, 0, bound.layout, block)
-        for part, box, _ in block_holders(bound.layout, block):
-            matrix_box(matrix, part, box)
-
-
-def _selected_dim(shape: tuple[int, int], group: Mapping[str, Any]) -> int:
-    """0 to select rows, 1 to select columns: from the global shape alone."""
-    if group["select"] == "shorter":
-        return int(shape[0] > shape[1] and not group["normuon"])
-    return int(group["select"] == "columns")
-
-
-def _box(run: Run, index: int, piece: Piece) -> Box:
-    return matrix_box(run.matrix(index), piece.part, piece.box)
-
-
-__all__ = ["Choice", "Dion2", "check_rectangles"]
+__all__ = ["Dion2"]

@@ -13,7 +13,13 @@ from flashns_dist.layout import Block
 from flashns_dist.optim.pieces import Run
 from flashns_dist.optim.rules.muon import MUON_SETTINGS, Muon, orthogonalized_
 from flashns_dist.optim.rules.rule import check_fraction, check_positive
-from flashns_dist.optim.rules.scaling import renormalize_, with_norm
+from flashns_dist.optim.rules.scaling import (
+    chunks,
+    fold_sum_,
+    nonzero,
+    renormalize_,
+    square_sums,
+)
 
 
 class NorMuon(Muon):
@@ -41,8 +47,11 @@ class NorMuon(Muon):
         self, run: Run, indices: Sequence[int], batch: Tensor, group: Mapping[str, Any]
     ) -> Tensor:
         updates = orthogonalized_(batch, group)
-        for index, update in zip(indices, updates, strict=True):
-            scale_rows_(update, run.block_state(index, "row_moment"), group)
+        moments = [run.block_state(index, "row_moment") for index in indices]
+        dtype = moment_dtype(updates)
+        stacked = torch.stack([moment.to(dtype) for moment in moments])
+        scale_rows_(updates, stacked, group)
+        torch._foreach_copy_(moments, list(stacked.unbind()))
         renormalize_(updates, group["renormalize"])
         return updates
 
@@ -50,18 +59,28 @@ class NorMuon(Muon):
         share_row_moments(run, run.matrices_of(group_index))
 
 
-def scale_rows_(update: Tensor, moment: Tensor, group: Mapping[str, Any]) -> None:
-    """Divide rows by the root of their second moment, which is updated; keep the norm.
+def scale_rows_(updates: Tensor, moments: Tensor, group: Mapping[str, Any]) -> None:
+    """Divide rows by the root of their second moment, which is updated; keep each matrix's norm.
 
     Args:
-        update: ``(rows, cols)``, changed in place.
-        moment: ``(rows,)``, changed in place.
+        updates: ``(batch, rows, cols)``, changed in place.
+        moments: ``(batch, rows)`` in ``moment_dtype(updates)``, changed in place.
         group: Parameter group: ``beta2``, ``eps``.
     """
-    full = update.to(moment.dtype)
-    moment.lerp_(full.square().mean(dim=1), 1 - float(group["beta2"]))
-    scaled = full / (moment.sqrt() + float(group["eps"]))[:, None]
-    update.copy_(with_norm(scaled, torch.linalg.vector_norm(full)))
+    beta2, parts = float(group["beta2"]), chunks(updates)
+    for part, moment in zip(parts, moments[..., None].split(len(parts[0])), strict=True):
+        sums = square_sums(part, 2)
+        moment.mul_(beta2).add_(sums * ((1 - beta2) / part.shape[2]))
+        divisors = moment.sqrt().add_(float(group["eps"]))
+        scaled_sums = sums.sqrt().div_(divisors).square_()
+        norms = fold_sum_(torch.cat([sums, scaled_sums], dim=2), 1).sqrt_()
+        kept = norms[..., :1] / nonzero(norms[..., 1:])
+        part.copy_((part / divisors).mul_(kept))
+
+
+def moment_dtype(updates: Tensor) -> torch.dtype:
+    """In which row moments are computed: not their own dtype, of which a batch may have several."""
+    return torch.promote_types(updates.dtype, torch.float32)
 
 
 def share_row_moments(run: Run, indices: Sequence[int]) -> None:
@@ -82,4 +101,4 @@ def share_row_moments(run: Run, indices: Sequence[int]) -> None:
     torch._foreach_copy_(moments, list(values.split([m.numel() for m in moments])))
 
 
-__all__ = ["NorMuon", "scale_rows_", "share_row_moments"]
+__all__ = ["NorMuon", "moment_dtype", "scale_rows_", "share_row_moments"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, column, is_number
 
 
 def combine(
@@ -24,7 +24,7 @@ def combine(
             otherwise torch operations, which read and write about four times as much.
         a: ``(batch, n, n)``.
         b: The same shape and dtype.
-        alpha: A number, or ``(batch,)`` fp32.
+        alpha: A scalar.
         beta: The same.
         gamma: The same.
 
@@ -36,13 +36,8 @@ def combine(
         result: Tensor = fused(a, b, alpha=alpha, beta=beta, gamma=gamma)
         return result
     wide = torch.promote_types(a.dtype, torch.float32)
-    result = a.to(wide) * _column(alpha)
-    result += b * _column(beta)
-    if isinstance(gamma, Tensor) or gamma != 0.0:
-        diagonal = result.diagonal(dim1=-2, dim2=-1)
-        diagonal += gamma[:, None] if isinstance(gamma, Tensor) else gamma
+    result = a.to(wide) * column(alpha)
+    result += b * column(beta)
+    if not is_number(gamma) or gamma != 0.0:
+        result.diagonal(dim1=-2, dim2=-1)[:, None].add_(column(gamma))
     return result.to(a.dtype)
-
-
-def _column(scalar: Scalar) -> Scalar:
-    return scalar[:, None, None] if isinstance(scalar, Tensor) else scalar

@@ -2,18 +2,61 @@
 
 Every backend (torch, Triton, quack) provides the same four operations. ``torch`` is the reference
 that the others are checked against. All tensors are batched: ``x`` is ``(batch, n, m)`` with
-``n <= m``, Gram-space matrices are ``(batch, n, n)`` and symmetric. Scalars may be Python floats or
-fp32 tensors of shape ``(batch,)`` (one per matrix). Products accumulate in fp32 and round once.
+``n <= m``, Gram-space matrices are ``(batch, n, n)`` and symmetric. Scalars may be Python floats,
+fp32 tensors of shape ``(batch,)`` (one per matrix), or a ``Multiple`` of such a tensor. Products
+accumulate in fp32 and round once.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
-Scalar: TypeAlias = "float | Tensor"
+
+@dataclass(frozen=True)
+class Multiple:
+    """A number times one number per matrix, multiplied where kernels read it: no launch of its own.
+
+    Attributes:
+        each: ``(batch,)`` fp32, or fp64.
+        factor: The number.
+    """
+
+    each: Tensor
+    factor: float = 1.0
+
+    def __mul__(self, other: Scalar) -> Multiple:
+        if isinstance(other, Multiple):
+            return Multiple(self.each * other.each, self.factor * other.factor)
+        if isinstance(other, Tensor):
+            return Multiple(self.each * other, self.factor)
+        return Multiple(self.each, self.factor * other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: float) -> Multiple:
+        return Multiple(self.each, self.factor / other)
+
+    def tensor(self) -> Tensor:
+        """The values, ``(batch,)``."""
+        return self.each * self.factor if self.factor != 1.0 else self.each
+
+
+Scalar: TypeAlias = float | Tensor | Multiple
+
+
+def is_number(scalar: Scalar | None) -> TypeGuard[float]:
+    """Whether a scalar is the same for all matrices, and known on the host."""
+    return not isinstance(scalar, Tensor | Multiple)
+
+
+def column(scalar: Scalar) -> float | Tensor:
+    """A scalar shaped to broadcast over ``(batch, n, m)``."""
+    values = scalar.tensor() if isinstance(scalar, Multiple) else scalar
+    return values[:, None, None] if isinstance(values, Tensor) else values
 
 
 class Kernels(Protocol):
@@ -28,6 +71,13 @@ class Kernels(Protocol):
 
         The norms are fp32, taken without overflow or underflow for any finite input; a zero matrix
         stays zero. Reads ``x`` from memory once where it can.
+        """
+        ...
+
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """``scale / ||x||_F`` of each matrix, ``(batch,)`` fp32; zero for a zero matrix.
+
+        For norms between 1e-35 and 1e35: beyond, it is what fp32 holds of it.
         """
         ...
 
@@ -61,12 +111,15 @@ class Kernels(Protocol):
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``alpha * (a diag(column_scale)) x + beta * c``, written transposed if asked.
+        """``alpha * (a diag(column_scale)) (x + shift I) + beta * c``, written transposed if asked.
+
+        A ``shift`` is for square ``x``; what it adds is neither rounded nor computed apart.
 
         ``column_scale`` is ``(batch, n)`` fp32, the row scale of an AOL preconditioner folded into
         the last product. ``dtype`` is the output's (default: ``x.dtype``).

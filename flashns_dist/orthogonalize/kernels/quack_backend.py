@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 
@@ -67,9 +67,13 @@ class QuackKernels:
         """See ``interface.Kernels.normalize``."""
         return self._other.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        return self._other.inverse_norms(x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
-        if isinstance(alpha, Tensor) or not _fits(x, out) or x.numel() == 0:
+        if not is_number(alpha) or not _fits(x, out) or x.numel() == 0:
             return self._other.gram(x, alpha=alpha, out=out)
         # x x^T is symmetric as computed: an entry and its mirror image add the same products.
         result: Tensor = self._quack.gemm_symmetric(x, x.mT, out=out, alpha=float(alpha))
@@ -87,8 +91,8 @@ class QuackKernels:
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``interface.Kernels.symmetric``."""
-        numbers = not any(isinstance(scalar, Tensor) for scalar in (alpha, beta, gamma))
-        if not numbers or gamma != 0.0 or not _fits(a, b, c, out) or a.numel() == 0:
+        plain = is_number(gamma) and gamma == 0.0 and _fits(a, b, c, out) and a.numel() > 0
+        if not (plain and is_number(alpha) and is_number(beta)):
             return self._other.symmetric(a, b, alpha=alpha, c=c, beta=beta, gamma=gamma, out=out)
         result: Tensor = self._quack.gemm_symmetric(
             a, b, C=c, out=out, alpha=float(alpha), beta=float(beta)
@@ -104,21 +108,23 @@ class QuackKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``interface.Kernels.product``."""
-        numbers = not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
-        half = (dtype or x.dtype) in _HALF and column_scale is None
-        if not numbers or not half or not _fits(a, x, c, out) or x.numel() == 0:
+        half = (dtype or x.dtype) in _HALF and column_scale is None and shift == 0.0
+        plain = half and _fits(a, x, c, out) and x.numel() > 0
+        if not (plain and is_number(alpha) and is_number(beta)):
             return self._other.product(
                 a,
                 x,
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,

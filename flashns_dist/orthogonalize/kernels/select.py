@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
@@ -78,6 +78,7 @@ class CublasKernels(TorchKernels):
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -85,14 +86,15 @@ class CublasKernels(TorchKernels):
     ) -> Tensor:
         """See ``interface.Kernels.product``."""
         result = out.dtype if out is not None else dtype or x.dtype
-        plain = c is None and column_scale is None and not transpose
-        if not plain or isinstance(alpha, Tensor) or result != a.dtype:
+        plain = c is None and shift == 0.0 and column_scale is None and not transpose
+        if not plain or not is_number(alpha) or result != a.dtype:
             return super().product(
                 a,
                 x,
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,
@@ -144,6 +146,10 @@ class SelectedKernels:
         """See ``interface.Kernels.normalize``."""
         return self._default.normalize(x, dtype=dtype, transpose=transpose, scale=scale)
 
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        return self._default.inverse_norms(x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
 
@@ -179,6 +185,7 @@ class SelectedKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -193,6 +200,7 @@ class SelectedKernels:
                 alpha=alpha,
                 c=c,
                 beta=beta,
+                shift=shift,
                 column_scale=column_scale,
                 transpose=transpose,
                 dtype=dtype,
@@ -200,7 +208,8 @@ class SelectedKernels:
             )
 
         result = out.dtype if out is not None else dtype or x.dtype
-        kind = f"product_{'t' if transpose else 'n'}{'' if c is None else 'c'}_{str(result)[6:]}"
+        parts = ("t" if transpose else "n", "" if c is None else "c", "s" if shift else "")
+        kind = f"product_{''.join(parts)}_{str(result)[6:]}"
         return self._run(kind, a, x.shape[2], (alpha, beta, column_scale), call)
 
     def __getattr__(self, name: str) -> Any:
@@ -217,7 +226,7 @@ class SelectedKernels:
         scalars: tuple[Scalar | None, ...],
         call: Callable[[Kernels], Tensor],
     ) -> Tensor:
-        if torch.compiler.is_compiling() or any(isinstance(s, Tensor) for s in scalars):
+        if torch.compiler.is_compiling() or not all(map(is_number, scalars)):
             return call(self._default)
         if a.numel() == 0 or a.dtype not in _HALF:
             return call(self._default)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from flashns_dist.orthogonalize.kernels.interface import Kernels
 _HALF = (torch.float16, torch.bfloat16)
 BLOCK = 64
 """Columns of a program of ``shrink_factors``."""
+TILE = 128
+"""Rows and columns of a program that sums the squares of a symmetric matrix."""
 
 
 def runs_triton(kernels: Kernels, t: Tensor) -> bool:
@@ -33,43 +34,93 @@ def shrink_factors(
     image: Tensor,  # (8, 64, 1024)
     signs: Tensor,  # (64, 1024)
     size: float,
+    dtype: torch.dtype,
     margin: float,
     basis_row: tuple[float, ...],
     shrink_row: tuple[float, ...],
     weight: float,
 ) -> tuple[Tensor, Tensor]:
     """``deflation.shrink_factors`` in two kernels; see there. ``k`` is a power of 2."""
-    from flashns_dist.orthogonalize.kernels.small_triton import (
-        shrink_basis_kernel,
-        shrink_weights_kernel,
-    )
-
     batch, k, n = image.shape
-    image = image.contiguous()
-    a, weights = torch.empty_like(image), torch.empty_like(image)
+    image, signs = image.contiguous(), signs.contiguous()
+    a, weights = torch.empty_like(image), torch.empty_like(image, dtype=dtype)
     grid = (batch, -(-n // BLOCK))
     constants = {"K": k, "BLOCK": BLOCK, "PRECISION": _precision(image)}
     options = {"num_warps": 4, "num_stages": 4}
-    shrink_basis_kernel[grid](
-        image, signs.contiguous(), a, n, size, ROW=basis_row, **constants, **options
-    )
-    shrink_weights_kernel[grid](
-        a, weights, n, size, margin, ROW=shrink_row, WEIGHT=weight, **constants, **options
+    basis, shrink = {"ROW": basis_row}, {"ROW": shrink_row, "WEIGHT": weight}
+    _launch("shrink_basis_kernel", grid, (image, signs, a), (n, size), basis | constants, options)
+    _launch(
+        "shrink_weights_kernel", grid, (a, weights), (n, size, margin), shrink | constants, options
     )
     return a, weights
 
 
-def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """``bound.bound_scalars`` in one kernel; see there."""
-    from flashns_dist.orthogonalize.kernels.small_triton import bound_scalars_kernel
+def symmetric_norms(
+    matrix: Tensor,  # (8, 1024, 1024)
+) -> tuple[Tensor, Tensor]:
+    """Frobenius norm and one over it, ``(batch,)`` fp32, of symmetric matrices.
 
-    batch = norm.shape[0]
+    Reads the lower triangle; the inverse of less than ``1e-12`` is one over that.
+    """
+    sums = _sums_of_squares(matrix)
+    batch, tiles = sums.shape
+    norm, inverse = sums.new_empty(batch), sums.new_empty(batch)
+    _launch("norm_kernel", (batch,), (sums, norm, inverse), (tiles,), {"BLOCK": _block(tiles)})
+    return norm, inverse
+
+
+def bound_scalars(norm: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """``bound.bound_scalars``, from ``R^2 / ||R||_F`` itself instead of its norm; see there."""
+    sums = _sums_of_squares(square)
+    batch, tiles = sums.shape
     scale, weight = torch.empty_like(norm), torch.empty_like(norm)
-    block = min(1024, max(32, 1 << (batch - 1).bit_length()))
-    bound_scalars_kernel[(math.ceil(batch / block),)](
-        norm, square_norm, scale, weight, batch, n, BLOCK=block, num_warps=1
+    _launch(
+        "bound_scalars_kernel",
+        (batch,),
+        (norm, sums, scale, weight),
+        (square.shape[-1], tiles),
+        {"BLOCK": _block(tiles)},
     )
     return scale, weight
+
+
+def _sums_of_squares(matrix: Tensor) -> Tensor:
+    """Sums of squares of the lower triangle's tiles and their mirror images, ``(batch, tiles)``."""
+    matrix = matrix.contiguous()
+    batch, n, _ = matrix.shape
+    blocks = -(-n // TILE)
+    tiles = blocks * (blocks + 1) // 2
+    sums = torch.empty((batch, tiles), dtype=torch.float32, device=matrix.device)
+    grid, options = (tiles, batch), {"num_warps": 8}
+    _launch("squares_kernel", grid, (matrix, sums), (n,), {"TILE": TILE}, options)
+    return sums
+
+
+def _block(tiles: int) -> int:
+    """Partial sums that a program adds at a time."""
+    return min(1024, max(32, 1 << (tiles - 1).bit_length()))
+
+
+def _launch(
+    name: str,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, int] | None = None,
+) -> None:
+    """Launches a kernel of ``small_triton`` that takes ``tensors``, ``numbers``, ``constants``."""
+    from flashns_dist.orthogonalize.kernels import small_triton
+    from flashns_dist.orthogonalize.kernels.triton_operators import on_device_of
+    from flashns_dist.orthogonalize.kernels.triton_passes import run
+    from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
+
+    def launch() -> Launch:
+        kernel = getattr(small_triton, name)
+        return Launch(kernel, grid, tensors, numbers, constants, options or {"num_warps": 4})
+
+    with on_device_of(tensors[0]):
+        run(launch, tensors, (), name, grid, numbers, *constants.values())
 
 
 def _precision(t: Tensor) -> Any:

@@ -7,6 +7,8 @@ Launched on the current stream; usable in CUDA graphs and under torch.compile.
 import triton
 import triton.language as tl
 
+from flashns_dist.orthogonalize.kernels.triton_tiles import triangle_row
+
 
 @triton.jit
 def _chain(m, identity, ROW: tl.constexpr, PRECISION: tl.constexpr):
@@ -107,27 +109,74 @@ def shrink_weights_kernel(
 
 
 @triton.jit
-def bound_scalars_kernel(
-    norm,  # (batch,) fp32
-    square_norm,  # (batch,) fp32
-    scale,  # (batch,) fp32
-    weight,  # (batch,) fp32
-    batch,
+def squares_kernel(
+    matrix,  # (batch, n, n), contiguous and symmetric
+    sums,  # (batch, tiles) fp32
     n,
+    TILE: tl.constexpr,
+):
+    """The sum of squares of one tile of the lower triangle, and of its mirror image."""
+    tile = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = triangle_row(tile)
+    col = tile - row * (row + 1) // 2
+    r = row * TILE + tl.arange(0, TILE)
+    c = col * TILE + tl.arange(0, TILE)
+    mask = (r[:, None] < n) & (c[None, :] < n)
+    offsets = batch * n * n + r[:, None].to(tl.int64) * n + c[None, :]
+    values = tl.load(matrix + offsets, mask=mask, other=0.0).to(tl.float32)
+    total = tl.sum(tl.sum(values * values, axis=1), axis=0)
+    total = tl.where(row == col, total, 2.0 * total)
+    tl.store(sums + batch * tl.num_programs(0) + tile, total)
+
+
+@triton.jit
+def _norm(sums, tiles, BLOCK: tl.constexpr):
+    """The root of the sum of this program's row of partial sums."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in tl.range(0, tiles, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        row = tl.program_id(0).to(tl.int64) * tiles
+        total += tl.load(sums + row + index, mask=index < tiles, other=0.0)
+    return tl.sqrt(tl.sum(total, axis=0))
+
+
+@triton.jit
+def norm_kernel(
+    sums,  # (batch, tiles) fp32
+    norm,  # (batch,) fp32
+    inverse,  # (batch,) fp32
+    tiles,
     BLOCK: tl.constexpr,
 ):
-    """``bound.bound_scalars`` for a batch."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < batch
-    f = tl.load(norm + offsets, mask=mask, other=1.0)
-    g = tl.load(square_norm + offsets, mask=mask, other=1.0)
-    # No maximum or minimum here: they would drop a NaN.
+    """``small.symmetric_norms`` from sums of squares."""
+    batch = tl.program_id(0)
+    f = _norm(sums, tiles, BLOCK)
+    tl.store(norm + batch, f)
+    # No maximum: it would drop a NaN.
+    tl.store(inverse + batch, 1.0 / tl.where(f < 1e-12, 1e-12, f))
+
+
+@triton.jit
+def bound_scalars_kernel(
+    norm,  # (batch,) fp32
+    sums,  # (batch, tiles) fp32
+    scale,  # (batch,) fp32
+    weight,  # (batch,) fp32
+    n,
+    tiles,
+    BLOCK: tl.constexpr,
+):
+    """``bound.bound_scalars`` of one matrix."""
+    batch = tl.program_id(0)
+    f = tl.load(norm + batch)
+    # No maximum or minimum here either.
     f = tl.where(f < 1e-12, 1e-12, f)
-    ratio = g / f
+    ratio = _norm(sums, tiles, BLOCK) / f
     rows = n.to(tl.float32)
     variance = ratio * ratio / rows - 1.0 / (rows * rows)
     variance = tl.where(variance < 0.0, 0.0, variance)
     relative = tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))
     inverse = 1.0 / (f * relative)
-    tl.store(scale + offsets, inverse, mask=mask)
-    tl.store(weight + offsets, inverse * inverse * f, mask=mask)
+    tl.store(scale + batch, inverse)
+    tl.store(weight + batch, inverse * inverse * f)

@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Scalar, column, is_number
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _column(scalar: Scalar) -> Scalar:
-    """A per-matrix scalar shaped to broadcast over ``(batch, n, m)``."""
-    return scalar[:, None, None] if isinstance(scalar, Tensor) else scalar
 
 
 class TorchKernels:
@@ -36,10 +31,15 @@ class TorchKernels:
         safe = torch.where(largest > 0, largest, 1)
         unit = (x.to(wide) / safe).to(work).contiguous()
         norm = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
-        factor = torch.where(norm > 0, _column(scale) / norm, 0).to(work)
+        factor = torch.where(norm > 0, column(scale) / norm, 0).to(work)
         result = (unit * factor).to(dtype)
         norms = (norm.to(wide) * safe).float().flatten()
         return (result.mT.contiguous() if transpose else result), norms
+
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``."""
+        norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
+        return torch.where(norms == 0, 0, scale / norms).float()
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
@@ -58,9 +58,8 @@ class TorchKernels:
     ) -> Tensor:
         """See ``interface.Kernels.symmetric``; the lower triangle is computed and mirrored."""
         result = _combine(a, b, alpha, c, beta)
-        if isinstance(gamma, Tensor) or gamma != 0.0:
-            diagonal = result.diagonal(dim1=-2, dim2=-1)
-            diagonal += gamma[:, None] if isinstance(gamma, Tensor) else gamma
+        if not is_number(gamma) or gamma != 0.0:
+            result.diagonal(dim1=-2, dim2=-1)[:, None].add_(column(gamma))
         lower = result.tril()
         return _deliver(lower + lower.tril(-1).mT, a.dtype, out)
 
@@ -72,6 +71,7 @@ class TorchKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -81,6 +81,8 @@ class TorchKernels:
         if column_scale is not None:
             a = (a * column_scale[:, None, :]).to(a.dtype)
         result = _combine(a, x, alpha, c, beta)
+        if shift != 0.0:
+            result = result + a.to(result.dtype) * column(alpha * shift)
         if transpose:
             result = result.mT.contiguous()
         return _deliver(result, dtype or x.dtype, out)
@@ -90,13 +92,13 @@ def _combine(a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar
     """``alpha * a b + beta * c``: in fp32 on the CPU, rounded to ``a.dtype`` by cuBLAS on CUDA."""
     if a.dtype in _HALF and a.device.type == "cpu":
         a, b, c = a.float(), b.float(), None if c is None else c.float()
-    if c is not None and not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
+    if c is not None and is_number(alpha) and is_number(beta):
         return torch.baddbmm(c.to(a.dtype), a, b, beta=beta, alpha=alpha)
     result = torch.bmm(a, b)
-    if isinstance(alpha, Tensor) or alpha != 1.0:
-        result = result.to(torch.promote_types(result.dtype, torch.float32)) * _column(alpha)
+    if not is_number(alpha) or alpha != 1.0:
+        result = result.to(torch.promote_types(result.dtype, torch.float32)) * column(alpha)
     if c is not None:
-        result = result + c * _column(beta)
+        result = result + c * column(beta)
     return result
 
 

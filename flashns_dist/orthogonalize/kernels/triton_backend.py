@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
@@ -32,6 +32,7 @@ from flashns_dist.orthogonalize.kernels.triton_passes import (
     has_tensor_cores,
     launch_combine,
     launch_gram_space,
+    launch_inverse_norms,
     launch_normalize,
     scale_columns,
 )
@@ -39,6 +40,7 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     Launch,
     LaunchTable,
     argument,
+    arguments,
     key_and_values,
 )
 from flashns_dist.orthogonalize.kernels.tuning import (
@@ -118,14 +120,28 @@ class TritonKernels:
         if x.numel() == 0:
             return out, norms.zero_()
         if torch.compiler.is_compiling():
-            each = scale if isinstance(scale, Tensor) else None
-            torch.ops.flashns_dist.normalize(
-                x, 1.0 if isinstance(scale, Tensor) else scale, each, transpose, out, norms
-            )
+            (number,), (each,) = split_scalars((scale,))
+            torch.ops.flashns_dist.normalize(x, number, each, transpose, out, norms)
         else:
             with on_device_of(x):
                 launch_normalize(x, scale, transpose, out, norms)
         return out, norms
+
+    def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """See ``interface.Kernels.inverse_norms``; reads ``x`` once."""
+        if x.dtype == torch.float64:
+            return TorchKernels().inverse_norms(x, scale=scale)
+        if not _packed(x):
+            x = x.mT if _packed(x.mT) else x.contiguous()
+        out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        if x.numel() == 0:
+            return out.zero_()
+        if torch.compiler.is_compiling():
+            torch.ops.flashns_dist.inverse_norms(x, scale, out)
+        else:
+            with on_device_of(x):
+                launch_inverse_norms(x, scale, out)
+        return out
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
@@ -162,7 +178,7 @@ class TritonKernels:
             out = torch.empty((batch, n, n), dtype=a.dtype, device=a.device)
         if out.numel() == 0:
             return out
-        if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
+        if c is not None and is_number(beta) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
             numbers, tensors = split_scalars((alpha, beta, gamma))
@@ -180,6 +196,7 @@ class TritonKernels:
         alpha: Scalar = 1.0,
         c: Tensor | None = None,
         beta: Scalar = 0.0,
+        shift: float = 0.0,
         column_scale: Tensor | None = None,
         transpose: bool = False,
         dtype: torch.dtype | None = None,
@@ -198,14 +215,14 @@ class TritonKernels:
             out = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
         if out.numel() == 0:
             return out
-        if c is not None and not isinstance(beta, Tensor) and beta == 0.0:
+        if c is not None and is_number(beta) and beta == 0.0:
             c = None
         if torch.compiler.is_compiling():
-            numbers, tensors = split_scalars((alpha, beta))
+            numbers, tensors = split_scalars((alpha, beta, shift))
             torch.ops.flashns_dist.product(a, x, c, column_scale, numbers, tensors, transpose, out)
         else:
             with on_device_of(a):
-                self._product(a, x, c, column_scale, (alpha, beta), transpose, out)
+                self._product(a, x, c, column_scale, (alpha, beta, shift), transpose, out)
         return out
 
     def combine(
@@ -231,7 +248,7 @@ class TritonKernels:
             torch.ops.flashns_dist.combine(a, b, numbers, tensors, out)
         else:
             with on_device_of(a):
-                launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
+                launch_combine(a, b, arguments(alpha, beta, gamma), out)
         return out
 
     def supports_gram_space(self, n: int, dtype: torch.dtype) -> bool:
@@ -296,8 +313,8 @@ class TritonKernels:
         if c is not None and c.stride(2) != 1 and described(c) is True:
             c = c.contiguous()
         third = out if c is None else c
-        arguments = tuple([argument(scalar) for scalar in scalars])
-        facts, values = key_and_values((a, b, third, out), arguments)
+        packed = arguments(*scalars)
+        facts, values = key_and_values((a, b, third, out), packed)
 
         def make() -> Launch:
             bt = b.mT if turned else b
@@ -308,7 +325,7 @@ class TritonKernels:
 
             def launch(config: TileConfig) -> Launch:
                 return symmetric_launch(
-                    a, bt, c, out, arguments, config=config, tma=tma, input_precision=accuracy,
+                    a, bt, c, out, packed, config=config, tma=tma, input_precision=accuracy,
                     num_sms=_num_sms(a),
                 )  # fmt: skip
 
@@ -334,8 +351,11 @@ class TritonKernels:
         if column_scale is not None:
             a = scale_columns(a, column_scale)
         third = out if c is None else c
-        arguments = tuple([argument(scalar) for scalar in scalars])
-        facts, values = key_and_values((a, x, third, out), arguments)
+        *scaling, shift = scalars
+        shifted = shift != 0.0
+        fourth = a if shifted else out
+        packed = (*arguments(*scaling), argument(shift))
+        facts, values = key_and_values((a, x, third, fourth, out), packed)
 
         def make() -> Launch:
             tma = self._descriptors_usable(a, x, c, out) and described(out) is False
@@ -346,18 +366,18 @@ class TritonKernels:
 
             def launch(config: TileConfig) -> Launch:
                 return product_launch(
-                    a, x, c, out, arguments, transpose,
+                    a, x, c, out, packed, transpose,
                     config=config, tma=tma, input_precision=accuracy,
                 )  # fmt: skip
 
             def default() -> TileConfig:
                 return default_product(configs, batch, n, m, _num_sms(a))
 
-            kind = "product_t" if transpose else "product"
+            kind = f"product{'_t' if transpose else ''}{'_s' if shifted else ''}"
             return self._choose(kind, configs, default, launch, a, (n, k, m), tma)
 
         device = a.get_device()
-        key = ("product", transpose, c is None, a.shape, x.shape, facts, device)
+        key = ("product", transpose, c is None, shifted, a.shape, x.shape, facts, device)
         self._launches.launch(key, device, values, make)
 
     def _descriptors_usable(self, *tensors: Tensor | None) -> bool:

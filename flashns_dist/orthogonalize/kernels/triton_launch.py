@@ -56,7 +56,10 @@ def symmetric_launch(
     input_precision: str,
     num_sms: int,
 ) -> Launch:
-    """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``symmetric_kernel``."""
+    """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``symmetric_kernel``.
+
+    ``scalars`` are ``triton_prepared.arguments`` of the three.
+    """
     batch, n, k = a.shape
     block, depth = config.rows, config.depth
     blocks = -(-n // block)
@@ -114,13 +117,18 @@ def product_launch(
     tma: bool,
     input_precision: str,
 ) -> Launch:
-    """Writes ``alpha * a x + beta * c`` to ``out``; see ``product_kernel``."""
+    """Writes ``alpha * a (x + shift I) + beta * c`` to ``out``; see ``product_kernel``.
+
+    ``scalars`` are ``triton_prepared.arguments`` of ``alpha`` and ``beta``, and ``shift``.
+    """
     batch, n, k = a.shape
     m = x.shape[2]
     grid = batch * -(-n // config.rows) * -(-m // config.cols)
     third = out if c is None else c
+    shifted = scalars[-1] != 0.0
+    fourth = a if shifted else out
     a_swapped = x_swapped = c_swapped = False
-    operands: tuple[Any, ...] = (a, x, third, out)
+    operands: tuple[Any, ...] = (a, x, third, fourth, out)
     if tma:
         rows, cols, depth = config.rows, config.cols, config.depth
         a_swapped, x_swapped = bool(described(a)), bool(described(x))
@@ -131,10 +139,12 @@ def product_launch(
             descriptor(a, a_swapped, rows, depth),
             descriptor(x, x_swapped, depth, cols),
             out_descriptor if c is None else descriptor(c, c_swapped, rows, cols),
+            descriptor(a, a_swapped, rows, cols) if shifted else out_descriptor,
             out_descriptor,
         )
     constants = {
         "HAS_C": c is not None,
+        "SHIFTED": shifted,
         "ALPHA_EACH": isinstance(scalars[0], Tensor),
         "BETA_EACH": isinstance(scalars[1], Tensor),
         "A_SWAPPED": a_swapped,

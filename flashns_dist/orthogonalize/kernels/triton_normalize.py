@@ -93,6 +93,22 @@ def _combine(sums, levels, batch, num_chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def inverse_norms_kernel(
+    sums,  # (batch, chunks) fp32
+    levels,  # (batch, chunks) int32
+    out,  # (batch,) fp32
+    scale,
+    num_chunks,
+    CHUNKS: tl.constexpr,
+):
+    """``scale / norm`` of one matrix from its partial sums; zero for a zero matrix."""
+    batch = tl.program_id(0)
+    total, level = _combine(sums, levels, batch.to(tl.int64), num_chunks, CHUNKS)
+    pre, post, _ = _factors(total, level, scale)
+    tl.store(out + batch, post * pre)
+
+
+@triton.jit
 def scale_kernel(
     x,  # (batch, rows * cols), rows of a fixed stride
     sums,

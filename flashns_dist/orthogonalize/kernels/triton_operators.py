@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Multiple, Scalar, is_number
 from flashns_dist.orthogonalize.kernels.triton_passes import (
     launch_combine,
     launch_gram_space,
+    launch_inverse_norms,
     launch_normalize,
 )
-from flashns_dist.orthogonalize.kernels.triton_prepared import argument
+from flashns_dist.orthogonalize.kernels.triton_prepared import arguments
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
@@ -30,13 +31,23 @@ def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
 
 
 def split_scalars(scalars: tuple[Scalar, ...]) -> tuple[list[float], list[Tensor | None]]:
-    """Scalars as a custom operator takes them: numbers, and tensors where they are tensors."""
-    numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
-    return numbers, [s if isinstance(s, Tensor) else None for s in scalars]
+    """Scalars as a custom operator takes them: numbers, and the tensors that they multiply."""
+    numbers: list[float] = []
+    tensors: list[Tensor | None] = []
+    for scalar in scalars:
+        if is_number(scalar):
+            numbers.append(float(scalar))
+            tensors.append(None)
+        else:
+            multiple = scalar if isinstance(scalar, Multiple) else Multiple(torch.as_tensor(scalar))
+            numbers.append(multiple.factor)
+            tensors.append(multiple.each)
+    return numbers, tensors
 
 
 def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Scalar, ...]:
-    return tuple([n if t is None else t for n, t in zip(numbers, tensors, strict=True)])
+    pairs = zip(numbers, tensors, strict=True)
+    return tuple([n if t is None else Multiple(t, n) for n, t in pairs])
 
 
 @cache
@@ -80,8 +91,15 @@ def _product_op(
 def _normalize_op(
     x: Tensor, scale: float, scale_each: Tensor | None, transpose: bool, out: Tensor, norms: Tensor
 ) -> None:
+    (factor,) = _join([scale], [scale_each])
     with on_device_of(x):
-        launch_normalize(x, scale if scale_each is None else scale_each, transpose, out, norms)
+        launch_normalize(x, factor, transpose, out, norms)
+
+
+@torch.library.custom_op("flashns_dist::inverse_norms", mutates_args=("out",))
+def _inverse_norms_op(x: Tensor, scale: float, out: Tensor) -> None:
+    with on_device_of(x):
+        launch_inverse_norms(x, scale, out)
 
 
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
@@ -110,12 +128,19 @@ def _combine_op(
 ) -> None:
     alpha, beta, gamma = _join(numbers, tensors)
     with on_device_of(a):
-        launch_combine(a, b, (argument(alpha), argument(beta), argument(gamma)), out)
+        launch_combine(a, b, arguments(alpha, beta, gamma), out)
 
 
 def _fake(*_: object) -> None:
     """Nothing to describe: every operator writes into tensors that exist."""
 
 
-for _operator in (_symmetric_op, _product_op, _normalize_op, _gram_space_op, _combine_op):
+for _operator in (
+    _symmetric_op,
+    _product_op,
+    _normalize_op,
+    _inverse_norms_op,
+    _gram_space_op,
+    _combine_op,
+):
     _operator.register_fake(_fake)

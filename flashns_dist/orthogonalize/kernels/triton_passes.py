@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.triton_launch import TL_DTYPES, precision
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
+    inverse_norms_kernel,
     normalize_once_kernel,
     partial_norms_kernel,
     scale_kernel,
@@ -44,7 +45,7 @@ def has_tensor_cores(t: Tensor) -> bool:
     return t.device.type == "cuda" and device_facts(t.get_device())[1] >= 8
 
 
-def _run(
+def run(
     launch: Callable[[], Launch],
     tensors: Sequence[Tensor],
     scalars: Sequence[float | Tensor],
@@ -59,7 +60,7 @@ def _run(
 def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, norms: Tensor) -> None:
     """Writes ``x * scale / norm`` to ``out``, and the norms; ``x`` has contiguous rows."""
     batch, rows, cols = x.shape
-    each = isinstance(scale, Tensor)
+    each = not is_number(scale)
     factor = argument(scale)
     padded_rows, padded_cols = triton.next_power_of_2(rows), triton.next_power_of_2(cols)
     if padded_rows * padded_cols <= ONE_PASS_ENTRIES:
@@ -72,22 +73,11 @@ def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, nor
                 {"num_warps": 4 if padded_rows * padded_cols <= 8192 else 16},
             )  # fmt: skip
 
-        _run(once, (x, out, norms), (factor,), "normalize once", x.shape, transpose)
+        run(once, (x, out, norms), (factor,), "normalize once", x.shape, transpose)
         return
     size = rows * cols
-    # Chunks depend on the matrix alone, so that its norm does not depend on the batch.
-    block, steps = 4096, 4 if size <= 1 << 22 else 16
-    while -(-size // (block * steps)) > 1024:
-        steps *= 2
-    chunks = -(-size // (block * steps))
-    sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
-    levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
-
-    def norm() -> Launch:
-        return Launch(
-            partial_norms_kernel, (chunks, batch), (x, sums, levels), (size, x.stride(0)),
-            {"BLOCK": block, "STEPS": steps}, {"num_warps": 8},
-        )  # fmt: skip
+    block, steps, sums, levels = _partial_norms(x)
+    chunks = sums.shape[1]
 
     def scaling() -> Launch:
         padded_chunks = triton.next_power_of_2(chunks)
@@ -108,8 +98,46 @@ def launch_normalize(x: Tensor, scale: Scalar, transpose: bool, out: Tensor, nor
             {"num_warps": 4},
         )
 
-    _run(norm, (x, sums, levels), (), "norms", x.shape)
-    _run(scaling, (x, sums, levels, out, norms), (factor,), "scale", x.shape, transpose)
+    run(scaling, (x, sums, levels, out, norms), (factor,), "scale", x.shape, transpose)
+
+
+def _partial_norms(x: Tensor) -> tuple[int, int, Tensor, Tensor]:
+    """Partial sums of squares of matrices with contiguous entries, and how they are cut.
+
+    Returns:
+        Entries per block, blocks per chunk, and for each matrix and chunk the sum and its level.
+    """
+    batch, size = x.shape[0], x.shape[1] * x.shape[2]
+    # Chunks depend on the matrix alone, so that its norm does not depend on the batch.
+    block, steps = 4096, 4 if size <= 1 << 22 else 16
+    while -(-size // (block * steps)) > 1024:
+        steps *= 2
+    chunks = -(-size // (block * steps))
+    sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
+    levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
+
+    def launch() -> Launch:
+        return Launch(
+            partial_norms_kernel, (chunks, batch), (x, sums, levels), (size, x.stride(0)),
+            {"BLOCK": block, "STEPS": steps}, {"num_warps": 8},
+        )  # fmt: skip
+
+    run(launch, (x, sums, levels), (), "norms", x.shape)
+    return block, steps, sums, levels
+
+
+def launch_inverse_norms(x: Tensor, scale: float, out: Tensor) -> None:
+    """Writes ``scale / norm`` of each matrix, whose entries are contiguous in any order."""
+    _, _, sums, levels = _partial_norms(x)
+    batch, chunks = sums.shape
+
+    def launch() -> Launch:
+        return Launch(
+            inverse_norms_kernel, (batch,), (sums, levels, out, scale), (chunks,),
+            {"CHUNKS": triton.next_power_of_2(chunks)}, {"num_warps": 4},
+        )  # fmt: skip
+
+    run(launch, (sums, levels, out), (scale,), "inverse norms", sums.shape)
 
 
 def launch_gram_space(
@@ -123,8 +151,8 @@ def launch_gram_space(
     def launch() -> Launch:
         constants = {
             "ROWS": steps,
-            "ALPHA_EACH": isinstance(alpha, Tensor),
-            "SCALE_EACH": isinstance(scale, Tensor),
+            "ALPHA_EACH": not is_number(alpha),
+            "SCALE_EACH": not is_number(scale),
             "BLOCK": block,
             "BLOCK_M": 32 if x.dtype == torch.float32 else 64,
             "DTYPE": TL_DTYPES[x.dtype],
@@ -135,7 +163,7 @@ def launch_gram_space(
             gram_space_kernel, (batch,), (x, out, *scalars), (n, m, *x.stride()), constants, options
         )
 
-    _run(launch, (x, out), scalars, "gram_space", x.shape, steps)
+    run(launch, (x, out), scalars, "gram_space", x.shape, steps)
 
 
 def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
@@ -150,12 +178,18 @@ def scale_columns(a: Tensor, scale: Tensor) -> Tensor:
             (n, *a.stride()), {"BLOCK_N": 32, "BLOCK_M": 128}, {"num_warps": 4},
         )  # fmt: skip
 
-    _run(launch, (a, factors, out), (), "scale_columns", a.shape)
+    run(launch, (a, factors, out), (), "scale_columns", a.shape)
     return out
 
 
 def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], out: Tensor) -> None:
-    """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous."""
+    """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous.
+
+    Args:
+        a, b: ``(batch, n, n)``.
+        scalars: ``triton_prepared.arguments`` of the three.
+        out: ``(batch, n, n)``.
+    """
     batch, n, _ = a.shape
 
     def launch() -> Launch:
@@ -167,4 +201,4 @@ def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], ou
             {"num_warps": 4},
         )  # fmt: skip
 
-    _run(launch, (a, b, out), scalars, "combine", a.shape)
+    run(launch, (a, b, out), scalars, "combine", a.shape)

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import Multiple, Scalar
 
 # Triton 3.6: grid (3), stream, function, cooperative, dependent, two scratch buffers, metadata of
 # kernel and launch, two hooks; then the kernel's arguments, of which a descriptor takes one for the
@@ -287,9 +287,17 @@ def _encoder(driver: Any, descriptor: Any, metadata: Any) -> EncodedDescriptors:
 
 def argument(scalar: Scalar) -> float | Tensor:
     """A scalar as a kernel takes it: a number, or a pointer to contiguous fp32."""
+    if isinstance(scalar, Multiple):
+        scalar = scalar.tensor()
     if isinstance(scalar, Tensor):
         return scalar.float().contiguous()
     return float(scalar)
+
+
+def arguments(*scalars: Scalar) -> tuple[float | Tensor, ...]:
+    """Scalars as products take them: each as a kernel's argument, then each one's multiplier."""
+    values = [argument(s.each if isinstance(s, Multiple) else s) for s in scalars]
+    return *values, *[s.factor if isinstance(s, Multiple) else 1.0 for s in scalars]
 
 
 def key_and_values(

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernel of the general products: ``alpha * a x + beta * c``, transposed if asked."""
+"""Triton kernel of the general products: ``alpha * a (x + shift I) + beta * c``."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,13 @@ def product_kernel(
     a,  # (batch, n, k): descriptor or pointer
     x,  # (batch, k, m)
     c,  # (batch, n, m)
+    d,  # a itself, whose descriptor has blocks as those of out: for SHIFTED
     out,  # (batch, n, m), or (batch, m, n) with TRANSPOSE
     alpha,  # fp32, or pointer to one per matrix
     beta,
+    alpha_factor,  # fp32: of what a pointer points to
+    beta_factor,
+    shift,  # fp32
     n,
     m,
     k,
@@ -31,6 +35,7 @@ def product_kernel(
     stride_or,
     stride_oc,
     HAS_C: tl.constexpr,
+    SHIFTED: tl.constexpr,
     ALPHA_EACH: tl.constexpr,
     BETA_EACH: tl.constexpr,
     A_SWAPPED: tl.constexpr,
@@ -69,12 +74,18 @@ def product_kernel(
             x, batch, k0, col0, (k, m), x_strides, BLOCK_K, BLOCK_M, TMA, X_SWAPPED
         )  # fmt: skip
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    result = acc * scalar(alpha, batch, ALPHA_EACH)
+    factor = scalar(alpha, alpha_factor, batch, ALPHA_EACH)
+    result = acc * factor
+    if SHIFTED:
+        old = load_block(
+            d, batch, row0, col0, (n, k), a_strides, BLOCK_N, BLOCK_M, TMA, A_SWAPPED
+        )  # fmt: skip
+        result = tl.fma(old.to(tl.float32), factor * shift, result)
     if HAS_C:
         old = load_block(
             c, batch, row0, col0, (n, m), c_strides, BLOCK_N, BLOCK_M, TMA, C_SWAPPED
         )  # fmt: skip
-        result = tl.fma(old.to(tl.float32), scalar(beta, batch, BETA_EACH), result)
+        result = tl.fma(old.to(tl.float32), scalar(beta, beta_factor, batch, BETA_EACH), result)
     result = result.to(DTYPE)
     if TRANSPOSE:
         store_block(
@@ -119,6 +130,9 @@ def combine_kernel(
     alpha,  # fp32, or pointer to one per matrix
     beta,
     gamma,
+    alpha_factor,  # fp32: of what a pointer points to
+    beta_factor,
+    gamma_factor,
     n,
     ALPHA_EACH: tl.constexpr,
     BETA_EACH: tl.constexpr,
@@ -134,7 +148,8 @@ def combine_kernel(
     offsets = batch * n * n + r[:, None].to(tl.int64) * n + s[None, :]
     first = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
-    result = first * scalar(alpha, batch, ALPHA_EACH) + second * scalar(beta, batch, BETA_EACH)
+    result = first * scalar(alpha, alpha_factor, batch, ALPHA_EACH)
+    result = result + second * scalar(beta, beta_factor, batch, BETA_EACH)
     diagonal = r[:, None] == s[None, :]
-    result = tl.where(diagonal, result + scalar(gamma, batch, GAMMA_EACH), result)
+    result = tl.where(diagonal, result + scalar(gamma, gamma_factor, batch, GAMMA_EACH), result)
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)

@@ -60,8 +60,8 @@ def gram_space_kernel(
         mask = (r[:, None] < n) & (k[None, :] < m)
         panel = tl.load(base + k[None, :].to(tl.int64) * stride_xc, mask=mask, other=0.0)
         acc = tl.dot(panel, panel.T, acc, input_precision=PRECISION)
-    gram = _symmetrized(acc * scalar(alpha, batch, ALPHA_EACH), BLOCK, DTYPE)
-    weight = scalar(scale, batch, SCALE_EACH)
+    gram = _symmetrized(acc * scalar(alpha, 1.0, batch, ALPHA_EACH), BLOCK, DTYPE)
+    weight = scalar(scale, 1.0, batch, SCALE_EACH)
     total = gram
     for step in tl.static_range(len(ROWS)):
         row = ROWS[step]

@@ -120,6 +120,9 @@ def symmetric_kernel(
     alpha,  # fp32, or pointer to one per matrix
     beta,
     gamma,
+    alpha_factor,  # fp32: of what a pointer points to
+    beta_factor,
+    gamma_factor,
     n,
     k,
     num_matrices,
@@ -168,9 +171,9 @@ def symmetric_kernel(
             row0 = row * BLOCK
             col0 = 2 * col * BLOCK
             scalars = (
-                scalar(alpha, batch, ALPHA_EACH),
-                scalar(beta, batch, BETA_EACH),
-                scalar(gamma, batch, GAMMA_EACH),
+                scalar(alpha, alpha_factor, batch, ALPHA_EACH),
+                scalar(beta, beta_factor, batch, BETA_EACH),
+                scalar(gamma, gamma_factor, batch, GAMMA_EACH),
             )
             acc = _tile(
                 a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,
@@ -194,9 +197,9 @@ def symmetric_kernel(
         row0 = row * BLOCK
         col0 = col * BLOCK
         scalars = (
-            scalar(alpha, batch, ALPHA_EACH),
-            scalar(beta, batch, BETA_EACH),
-            scalar(gamma, batch, GAMMA_EACH),
+            scalar(alpha, alpha_factor, batch, ALPHA_EACH),
+            scalar(beta, beta_factor, batch, BETA_EACH),
+            scalar(gamma, gamma_factor, batch, GAMMA_EACH),
         )
         acc = _tile(
             a, b, batch, row0, col0, n, k, a_strides, b_strides, A_SWAPPED, B_SWAPPED,

@@ -107,6 +107,6 @@ def store_block(
 
 
 @triton.jit
-def scalar(value, batch, PER_MATRIX: tl.constexpr):
-    """A scalar argument: a float, or one fp32 value per matrix."""
-    return tl.load(value + batch) if PER_MATRIX else value
+def scalar(value, factor, batch, PER_MATRIX: tl.constexpr):
+    """A scalar argument: a float, or one fp32 value per matrix times a factor."""
+    return tl.load(value + batch) * factor if PER_MATRIX else value
