@@ -310,8 +310,8 @@ def test_an_override_can_name_one_chunk_of_a_virtual_pipeline(ranks: RankPool) -
     assert ranks.run(2, rules_of_chunks, case) == [[{"muon"}, {"adamw"}]] * 2
 
 
-def overridden(name: str) -> dict[str, set[float]]:
-    """Epsilons of the groups that a key of Megatron's chooses, and of the others."""
+def overridden(name: str, told: dict[str, Any]) -> dict[str, set[Any]]:
+    """Epsilon and betas of the auxiliary groups that a key of Megatron's chooses, and of others."""
     from flashns_dist.integrations.megatron import Settings
     from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 
@@ -320,19 +320,20 @@ def overridden(name: str) -> dict[str, set[float]]:
         given = config(adam_eps=1e-6)
         given.flashmuon = Settings()
         chunks = make_chunks(case)
-        made = get_megatron_optimizer(given, chunks, {ParamKey(name=name): {"eps": 1e-4}})
-        found: dict[str, set[float]] = {"chosen": set(), "others": set()}
+        made = get_megatron_optimizer(given, chunks, {ParamKey(name=name): told})
+        found: dict[str, set[Any]] = {"chosen": set(), "others": set()}
         for param_name, param in chunks[0].named_parameters():
             group = next(g for g in made.param_groups if any(p is param for p in g["params"]))
             kind = "chosen" if "final_layernorm" in param_name else "others"
             if group["update_rule"] == "adamw":
-                found[kind].add(group["eps"])
+                found[kind].add((group["eps"], tuple(group["betas"])))
         return found
 
 
 def test_megatrons_overrides_by_parameter_reach_adamw(ranks: RankPool) -> None:
-    found = ranks.run(1, overridden, "*final_layernorm*")[0]
-    assert found == {"chosen": {1e-4}, "others": {1e-6}}
+    told = {"eps": 1e-4, "betas": (0.8, 0.9)}
+    found = ranks.run(1, overridden, "*final_layernorm*", told)[0]
+    assert found == {"chosen": {(1e-4, (0.8, 0.9))}, "others": {(1e-6, (0.9, 0.999))}}
 
 
 # Layouts --------------------------------------------------------------------------------------
