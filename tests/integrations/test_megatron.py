@@ -47,7 +47,6 @@ LOSSES = {
     "pp2 x tp2": (4, Case(gated=True, pp=2, tp=2)),
     "pp2 x dp2, tied embeddings": (4, Case(pp=2, tied=True)),
     "virtual pipeline": (2, Case(gated=True, pp=2, virtual=2, layers=4)),
-    "cp2": (2, Case(gated=True, cp=2)),
     "dp2 x cp2, overlapped": (4, Case(gated=True, cp=2, overlap=True, bucket_size=3000)),
     "dp2 x cp2, loss per token": (4, Case(gated=True, cp=2, per_token_loss=True)),
     "tp2 x cp2, sequence parallel": (4, Case(gated=True, tp=2, cp=2, sequence_parallel=True)),
