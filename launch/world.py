@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from flashns_dist.testing.gpus import has_gpus, rank_gpu
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -49,6 +52,13 @@ class World:
         texts = [text]
         dist.broadcast_object_list(texts, src=0, device=self.device)
         return texts[0]
+
+    def now(self) -> float:
+        """Seconds on a clock, once every rank has got here and its device is done; a barrier."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.barrier()
+        return time.perf_counter()
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -111,12 +121,13 @@ def _joined_device() -> torch.device:
 
 
 def _device(name: str | None) -> torch.device:
-    num_gpus = torch.cuda.device_count() if name != "cpu" else 0
-    if name == "cuda" and num_gpus < _local_size():
+    is_possible = name != "cpu" and has_gpus(_local_size())
+    if name == "cuda" and not is_possible:
         raise ValueError(
-            f"--device cuda: {_local_size()} processes on this host and {num_gpus} GPUs. "
+            f"--device cuda: {_local_size()} processes on this host and "
+            f"{torch.cuda.device_count()} GPUs. "
             "Start at most one process per GPU, or pass --device cpu."
         )
-    if num_gpus < _local_size():
+    if not is_possible:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return rank_gpu(int(os.environ.get("LOCAL_RANK", "0")))

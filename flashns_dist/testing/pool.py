@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flashns_dist.testing.gpus import has_gpus, rank_gpu
+
 
 class RankError(AssertionError):
     """A body failed or hung on some rank; the message holds every rank's traceback."""
@@ -28,8 +30,8 @@ class RankError(AssertionError):
 class RankPool:
     """Worker processes that are started once and form process groups of any size up to ``size``.
 
-    Gloo on the CPU, NCCL where there are as many GPUs as ranks. After a failure the workers are
-    replaced, because a rank may be stuck in a collective.
+    Gloo on the CPU, NCCL where there are as many GPUs as ranks (or ``FLASHNS_DIST_SHARE_GPUS=1``).
+    After a failure the workers are replaced, because a rank may be stuck in a collective.
 
     Args:
         size: Number of workers.
@@ -155,10 +157,11 @@ def _work(
 def _join_group(rank: int, world_size: int, rendezvous: str, backend: str | None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    chosen = backend or ("nccl" if torch.cuda.device_count() >= world_size else "gloo")
+    chosen = backend or ("nccl" if has_gpus(world_size) else "gloo")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     if chosen == "nccl":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank_gpu(rank))
+        torch.cuda.init()  # or a DeviceMesh takes the GPU of LOCAL_RANK
     dist.init_process_group(
         chosen,
         init_method=f"file://{rendezvous}",

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,14 +79,14 @@ def measure(
     for index in range(arguments.warmup + arguments.steps):
         if index == arguments.warmup and world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        begin = _now(world)
+        begin = world.now()
         for part in range(arguments.accumulate):
             logits = engine(tokens[:, :-1])
             engine.backward(F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()))
             if part == arguments.accumulate - 1:
-                before = _now(world)
+                before = world.now()
             engine.step()
-        end = _now(world)
+        end = world.now()
         if index >= arguments.warmup:
             steps.append(end - begin)
             updates.append(end - before)
@@ -103,14 +102,6 @@ def measure(
         "peak_bytes": _largest(peak, world),
         "held_bytes": _largest(held, world),
     }
-
-
-def _now(world: World) -> float:
-    """The time once every rank has got here and its device is done."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter()
 
 
 def _largest(value: int, world: World) -> int:

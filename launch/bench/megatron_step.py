@@ -17,7 +17,6 @@ import importlib
 import json
 import statistics
 import sys
-import time
 import warnings
 import zlib
 from contextlib import ExitStack
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 if __package__ in (None, ""):
@@ -218,7 +216,7 @@ def measure(
     losses, norms, steps, updates = [], [], [], []
     for step in range(arguments.warmup + arguments.steps):
         data = batch(step, arguments)
-        begin = _now(arguments)
+        begin = world.now()
         model.zero_grad_buffer()
         optimizer.zero_grad()
         found = run(
@@ -230,9 +228,9 @@ def measure(
             micro_batch_size=arguments.micro_batch,
             forward_only=False,
         )
-        middle = _now(arguments)
+        middle = world.now()
         _, norm, _ = optimizer.step()
-        end = _now(arguments)
+        end = world.now()
         if step >= arguments.warmup:
             steps.append(end - begin)
             updates.append(end - middle)
@@ -250,13 +248,6 @@ def measure(
         "losses": losses,
         "norms": norms,
     }
-
-
-def _now(arguments: argparse.Namespace) -> float:
-    if arguments.device == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter()
 
 
 def attempt(

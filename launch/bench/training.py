@@ -79,7 +79,7 @@ SIZES = {
         steps=200,
         batch_size=32,
         seq_len=512,
-        lrs=(1.5e-3, 3e-3, 6e-3),
+        lrs=(1.5e-3, 3e-3, 6e-3, 1.2e-2),
         validation_batches=2,
     ),
 }

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.testing.gpus import has_gpus
 from flashns_dist.testing.pool import RankPool
 from tests.optim.test_invariance import (
     SCENARIOS,
@@ -108,7 +109,7 @@ def compare_flat(seed: int) -> dict[str, int]:
 
 
 def needs(size: int) -> None:
-    if torch.cuda.is_available() and torch.cuda.device_count() < size:
+    if torch.cuda.is_available() and not has_gpus(size):
         pytest.skip(f"needs {size} GPUs")
 
 
