@@ -54,8 +54,15 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         """Load groups and loss scale, and the parameters' state where it is there.
 
         Raises:
-            ValueError: The checkpoint's groups are not FlashMuon's.
+            ValueError: The checkpoint's groups are not FlashMuon's, or are those of several
+                optimizers.
         """
+        if "optimizer" not in state_dict:
+            raise ValueError(
+                "the checkpoint has several optimizers, this run has one. Megatron gives experts "
+                "an optimizer of their own where expert parallelism is not 1, and converts neither "
+                "into the other: resume with expert parallelism too, or with --no-load-optim."
+            )
         saved = state_dict["optimizer"]["param_groups"]
         restored = restored_groups(self.optimizer.param_groups, saved)
         for group, values in zip(self.optimizer.param_groups, restored, strict=True):

@@ -47,8 +47,8 @@ def owners(chunks: Sequence[nn.Module]) -> dict[Tensor, list[nn.Module]]:
 
 def group_settings(
     chunks: Sequence[nn.Module], config: Any, settings: Settings
-) -> dict[str, dict[str, Any]]:
-    """What the group of each trainable parameter is told, by the name that Megatron gives it.
+) -> dict[Tensor, dict[str, Any]]:
+    """What the group of each trainable parameter is told.
 
     Matrices are what ``parameter_groups`` takes for one, except where ``use_muon`` or
     ``is_embedding_or_output_parameter`` on a parameter, or an override, say otherwise.
@@ -69,16 +69,15 @@ def group_settings(
             rules[param] = "muon" if wanted else "adamw"
     _apply_overrides(rules, names, settings.overrides)
     result = {}
-    for chunk in chunks:
-        for name, param in chunk.named_parameters():
-            if param.requires_grad:
-                told: dict[str, Any] = {"update_rule": settings.rule(rules[param])}
-                is_matrix = told["update_rule"] in MATRIX_RULES
-                if is_matrix and is_packed_experts(name, owned[param]):
-                    told["is_transposed"] = True
-                if not is_matrix and settings.aux_lr is not None:
-                    told.update(_own_learning_rate(param, config, settings.aux_lr))
-                result[name] = told
+    for param, name in names.items():
+        if param.requires_grad:
+            told: dict[str, Any] = {"update_rule": settings.rule(rules[param])}
+            is_matrix = told["update_rule"] in MATRIX_RULES
+            if is_matrix and is_packed_experts(name, owned[param]):
+                told["is_transposed"] = True
+            if not is_matrix and settings.aux_lr is not None:
+                told.update(_own_learning_rate(param, config, settings.aux_lr))
+            result[param] = told
     return result
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .command_line import NAME, install_arguments
 from .grouping import group_settings
@@ -85,7 +86,7 @@ def settings_of(config: Any) -> Settings:
     return found or _command_line or Settings()
 
 
-def _print(resolved: Resolved, added: dict[str, dict[str, Any]]) -> None:
+def _print(resolved: Resolved, added: Mapping[Tensor, Mapping[str, Any]]) -> None:
     if dist.get_rank() != 0:
         return
     counts = Counter(told["update_rule"] for told in added.values())

@@ -98,9 +98,9 @@ def intercepted_builder(finish: Callable[[Any, dict[str, Any]], None]) -> Iterat
 
     def builder(*args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(*args, **kwargs).arguments)
-        groups = [(group, list(group["params"])) for group in given["param_groups"]]
+        members = [list(group["params"]) for group in given["param_groups"]]
         optimizer = original(*args, **kwargs)
-        finish(optimizer, {**given, "members": [params for _, params in groups]})
+        finish(optimizer, {**given, "members": members})
         return optimizer
 
     setattr(core_optimizer, _BUILDER, builder)
@@ -122,26 +122,26 @@ def built_as_adam(config: Any) -> Iterator[None]:
 
 
 def add_overrides(
-    config: Any, overrides: Mapping[Any, Any] | None, added: Mapping[str, Mapping[str, Any]]
+    config: Any, overrides: Mapping[Any, Any] | None, added: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[Any, Any]:
     """Megatron's settings by parameter, and ours.
 
     Args:
         config: Of the optimizer.
         overrides: What the user passed; None for Megatron's standard ones.
-        added: From parameter names to group settings.
+        added: From parameters to group settings.
     """
     if overrides is None:
         overrides = attribute(core_optimizer, "get_standard_config_overrides")(config)
     key = attribute(core_optimizer, "ParamKey")
     predicate = attribute(core_optimizer, "ParamWithNamePredicate")
-    kinds: dict[tuple[Any, ...], set[str]] = {}
-    for name, settings in added.items():
-        kinds.setdefault(tuple(sorted(settings.items())), set()).add(name)
+    kinds: dict[tuple[Any, ...], set[Tensor]] = {}
+    for param, settings in added.items():
+        kinds.setdefault(tuple(sorted(settings.items())), set()).add(param)
     result = dict(overrides)
-    for number, (told, names) in enumerate(kinds.items()):
+    for number, (told, params) in enumerate(kinds.items()):
         matches = predicate(
-            name=f"flashmuon_{number}", fn=lambda _, name, names=names: name in names
+            name=f"flashmuon_{number}", fn=lambda param, _, params=params: param in params
         )
         result[key(with_name_predicate=matches)] = dict(told)
     return result

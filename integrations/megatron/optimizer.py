@@ -79,8 +79,14 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
 def _complete_group(
     group: Mapping[str, Any], adam: Mapping[str, Any], resolved: Resolved
 ) -> dict[str, Any]:
-    """One of Megatron's groups with FlashMuon's settings instead of Adam's."""
+    """One of Megatron's groups with FlashMuon's settings instead of Adam's.
+
+    A setting of both (``eps``, ``betas``) is the group's where the user's overrides gave it one.
+    """
     settings = dict(resolved.groups[group["update_rule"]])
+    for key in settings.keys() & adam.keys() & group.keys():
+        if group[key] != adam[key]:
+            settings[key] = group[key]
     if group.get("is_transposed"):
         settings["adjust_lr_fn"] = Transposed(settings["adjust_lr_fn"])
     kept = {key: value for key, value in group.items() if key not in adam}

@@ -78,6 +78,15 @@ def _refusals(config: Any, chunks: Sequence[nn.Module]) -> Iterator[tuple[str, s
         yield from _of_chunk(chunk)
 
 
+def _experts_reduced_as_dense(chunk: nn.Module, config: Any) -> bool:
+    """Whether experts that are cut in their own way are not marked (``allreduce=False``) so."""
+    degree = getattr(config, "tensor_model_parallel_size", 1)
+    return getattr(config, "expert_tensor_parallel_size", None) not in (None, degree) and any(
+        ".experts." in name and getattr(param, "allreduce", True)
+        for name, param in chunk.named_parameters()
+    )
+
+
 def _of_chunk(chunk: nn.Module) -> Iterator[tuple[str, str]]:
     ddp = getattr(chunk, "ddp_config", None)
     if getattr(ddp, "use_megatron_fsdp", False) or getattr(ddp, "use_custom_fsdp", False):
@@ -100,6 +109,15 @@ def _of_chunk(chunk: nn.Module) -> Iterator[tuple[str, str]]:
                 "it shards weights in a third way, which is not described to FlashMuon. Leave it "
                 "out.",
             )
+    if config is not None and _experts_reduced_as_dense(chunk, config):
+        yield (
+            f"expert_tensor_parallel_size={config.expert_tensor_parallel_size} with "
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size} and one "
+            "expert-parallel rank",
+            "this version of megatron-core averages the gradients of experts over the ranks of "
+            "dense layers, so that copies of an expert drift apart, with any optimizer. Use expert "
+            "parallelism, equal tensor-parallel sizes, or megatron-core 0.19.2.",
+        )
     known = (torch.float32, torch.float16, torch.bfloat16)
     for name, param in chunk.named_parameters():
         if param.requires_grad and (

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tests.integrations.megatron_layers import packed_experts_patches
+
 if not hasattr(typing, "override"):  # megatron-core 0.17 and later on Python 3.11
     import typing_extensions
 
@@ -30,6 +32,8 @@ class _CudaIsCpu(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         if name == "cuda":
             return args[0]
         if name == "to":
@@ -111,6 +115,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (rng, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
         (rng, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
         (dispatcher, "maybe_move_tensor_to_cpu", _splits),
+        *packed_experts_patches(),
     ]
     if not hasattr(moe, "te_general_gemm"):
         found.append((moe, "te_general_gemm", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tests.integrations.megatron_cpu import checkpoint_writers, megatron_on_cpu
+from tests.integrations.megatron_layers import allow_fp32, layer_spec, positions_here
 
 WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
 BATCH = 8
@@ -27,7 +30,9 @@ class Case:
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     ep: int = 1
+    etp: int | None = None
     virtual: int = 0
     instances: int = 1
     dtype: str = "fp32"
@@ -38,6 +43,8 @@ class Case:
     gated: bool = False
     tied: bool = False
     experts: int = 0
+    packed: bool = False
+    per_token_loss: bool = False
     layers: int = 2
     micro_batches: int = 2
     clip: float = 1.0
@@ -47,9 +54,19 @@ class Case:
 
     def alone(self) -> Case:
         """The same model and global batch in one process."""
-        return replace(
-            self, tp=1, pp=1, ep=1, virtual=0, instances=1, sequence_parallel=False, overlap=False
-        )
+        one = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": None, "virtual": 0, "instances": 1}
+        off = dict.fromkeys(("sequence_parallel", "overlap", "per_token_loss", "packed"), False)
+        return replace(self, **one, **off)
+
+
+def skip_what_this_megatron_lacks(case: Case) -> None:
+    import megatron.core
+
+    if case.packed:
+        pytest.importorskip("megatron.core.transformer.moe.grouped_gemm_util", reason="0.16 only")
+    minor = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+    if case.etp is not None and case.ep == 1 and minor < (0, 19):
+        pytest.skip("FlashMuon refuses it: before 0.19 copies of experts drift apart")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,6 +81,9 @@ def megatron_ready(case: Case) -> Iterator[None]:
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     install()
+    gc.collect()  # the models of earlier jobs: cycles that hold process groups and their threads
+    if not gc.get_freeze_count():
+        gc.freeze()  # modules, which later collections need not look at
     with megatron_on_cpu():
         options: dict[str, Any] = {}
         if case.instances > 1:
@@ -72,7 +92,9 @@ def megatron_ready(case: Case) -> Iterator[None]:
             case.tp,
             case.pp,
             virtual_pipeline_model_parallel_size=case.virtual or None,
+            context_parallel_size=case.cp,
             expert_model_parallel_size=case.ep,
+            expert_tensor_parallel_size=case.etp,
             **options,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -97,6 +119,8 @@ def make_config(case: Case) -> Any:
             moe_router_topk=2,
             moe_aux_loss_coeff=0.0,
         )
+    if case.packed:
+        extra.update(moe_grouped_gemm=True, moe_use_legacy_grouped_gemm=True)
     if case.virtual:
         extra["virtual_pipeline_model_parallel_size"] = case.virtual
     return TransformerConfig(
@@ -108,7 +132,10 @@ def make_config(case: Case) -> Any:
         use_cpu_initialization=True,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
+        calculate_per_token_loss=case.per_token_loss,
         expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp,
         sequence_parallel=case.sequence_parallel,
         bf16=case.dtype == "bf16",
         fp16=case.dtype == "fp16",
@@ -132,7 +159,6 @@ def make_chunks(case: Case) -> list[Any]:
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.module import Float16Module
 
@@ -151,7 +177,7 @@ def make_chunks(case: Case) -> list[Any]:
         stage = {"ignore_virtual": False, "vp_stage": number} if case.virtual else {}
         model = GPTModel(
             config,
-            get_gpt_layer_local_spec(num_experts=case.experts or None, moe_grouped_gemm=False),
+            layer_spec(case.experts, case.cp, packed=case.packed),
             vocab_size=VOCABULARY,
             max_sequence_length=LENGTH,
             pre_process=state.is_pipeline_first_stage(**stage),
@@ -161,6 +187,7 @@ def make_chunks(case: Case) -> list[Any]:
             **({"vp_stage": number} if case.virtual else {}),
         )
         fill(model, case)
+        allow_fp32(model)
         if case.dtype != "fp32":
             model = Float16Module(config, model)
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=number > 0))
@@ -199,7 +226,23 @@ def fill(model: Any, case: Case) -> None:
     """Weights from their names."""
     for name, param in global_names(model, case).items():
         with torch.no_grad():
-            param.copy_(shard_of(start_value(name, param, case), param, case))
+            if name.endswith(("experts.weight1", "experts.weight2")):
+                param.copy_(packed_value(name, param, case))
+            else:
+                param.copy_(shard_of(start_value(name, param, case), param, case))
+
+
+def packed_value(name: str, param: Tensor, case: Case) -> Tensor:
+    """The weights that ``SequentialMLP`` would have, transposed and packed; no tensor parallel."""
+    from megatron.core import parallel_state as state
+
+    path, _, kind = name.rpartition(".weight")
+    local = case.experts // case.ep
+    first = state.get_expert_model_parallel_rank() * local
+    shape = (4 * WIDTH, WIDTH) if kind == "1" else (WIDTH, 2 * WIDTH)
+    names = [f"{path}.local_experts.{first + i}.linear_fc{kind}.weight" for i in range(local)]
+    wholes = [start_value(n, torch.empty(shape), case) for n in names]
+    return torch.stack([whole.T for whole in wholes]).reshape(param.shape)
 
 
 def start_value(name: str, param: Tensor, case: Case) -> Tensor:
@@ -217,15 +260,21 @@ def random_like(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
+def num_shards(param: Tensor, case: Case) -> int:
+    """Tensor-parallel degree; Megatron marks parameters of experts by ``allreduce``."""
+    return case.tp if case.etp is None or getattr(param, "allreduce", True) else case.etp
+
+
 def cut_dim(param: Tensor, case: Case) -> int:
-    if case.tp == 1 or not getattr(param, "tensor_model_parallel", False):
+    if num_shards(param, case) == 1 or not getattr(param, "tensor_model_parallel", False):
         return -1
     return int(param.partition_dim)
 
 
 def full_shape(param: Tensor, case: Case) -> tuple[int, ...]:
     dim = cut_dim(param, case)
-    return tuple(n * case.tp if axis == dim else n for axis, n in enumerate(param.shape))
+    shards = num_shards(param, case)
+    return tuple(n * shards if axis == dim else n for axis, n in enumerate(param.shape))
 
 
 def shard_of(whole: Tensor, param: Tensor, case: Case) -> Tensor:
@@ -277,7 +326,8 @@ def batches(case: Case, step: int) -> list[list[tuple[Tensor, Tensor]]]:
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     ranks = state.get_data_parallel_world_size()
     mine = tokens.chunk(ranks)[state.get_data_parallel_rank()]
-    return [(part, part.roll(-1, 1)) for part in mine.chunk(case.micro_batches)]
+    here = positions_here(LENGTH)
+    return [(p[:, here], p.roll(-1, 1)[:, here]) for p in mine.chunk(case.micro_batches)]
 
 
 def train(
@@ -315,12 +365,13 @@ def train(
 
 def _forward(data: Any, model: Any) -> Any:
     tokens, labels = next(data)
-    positions = torch.arange(LENGTH).expand(len(tokens), LENGTH)
+    positions = positions_here(LENGTH).expand(tokens.shape)
     output = model(tokens, positions, None, labels=labels)
 
     def loss(values: Tensor) -> Any:
-        mean = values.float().mean()
-        return mean, {"loss": mean.detach().clone()}
+        total, count = values.float().sum(), values.numel()
+        mean = total.detach() / count
+        return total, torch.tensor(count, dtype=torch.int), {"loss": mean}
 
     return output, loss
 

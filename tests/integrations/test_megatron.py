@@ -23,12 +23,20 @@ from tests.integrations.megatron_training import (
     megatron_ready,
     random_like,
     shard_of,
+    skip_what_this_megatron_lacks,
     unwrapped,
 )
 
 # Losses of about 4.5, in fp32 and summed in another order: 10 times the worst that was seen, and
 # far below the change of one step (0.1).
 ROUNDING = 5e-6
+
+OPTIONS = {"equilibrate": True, "renormalize": "rows", "independent_decay": True}
+RULES: dict[str, dict[str, Any]] = {
+    "muon with options, lion": {"rule_settings": OPTIONS, "aux_update_rule": "lion"},
+    "adamuon": {"update_rule": "adamuon", "rule_settings": {"beta2": 0.9}},
+    "dion2": {"update_rule": "dion2", "rule_settings": {"fraction": 0.4}},
+}
 
 LOSSES = {
     "dp2": (2, Case()),
@@ -39,14 +47,32 @@ LOSSES = {
     "pp2 x tp2": (4, Case(gated=True, pp=2, tp=2)),
     "pp2 x dp2, tied embeddings": (4, Case(pp=2, tied=True)),
     "virtual pipeline": (2, Case(gated=True, pp=2, virtual=2, layers=4)),
+    "dp2 x cp2, overlapped": (4, Case(gated=True, cp=2, overlap=True, bucket_size=3000)),
+    "dp2 x cp2, loss per token": (4, Case(gated=True, cp=2, per_token_loss=True)),
+    "tp2 x cp2, sequence parallel": (4, Case(gated=True, tp=2, cp=2, sequence_parallel=True)),
+    "pp2 x cp2": (4, Case(gated=True, pp=2, cp=2)),
     "experts, ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),
+    "experts, ep2 x edp2, context parallel": (4, Case(gated=True, cp=2, ep=2, experts=4)),
+    "experts, dp2 x tp2": (4, Case(gated=True, tp=2, sequence_parallel=True, experts=4)),
+    "experts, tp2 x dp2, ep2 x edp2": (
+        4,
+        Case(gated=True, tp=2, sequence_parallel=True, ep=2, etp=1, experts=4),
+    ),
+    "experts, tp2, edp2": (2, Case(gated=True, tp=2, sequence_parallel=True, etp=1, experts=4)),
+    "packed experts, dp2": (2, Case(gated=True, experts=4, packed=True)),
+    "packed experts, ep2 x edp2": (4, Case(gated=True, ep=2, experts=4, packed=True)),
     "two instances of two ranks": (4, Case(gated=True, instances=2)),
+    **{
+        f"{name}, dp2 x tp2": (4, Case(gated=True, tp=2, settings=settings))
+        for name, settings in RULES.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_equal_those_of_one_process(ranks: RankPool, name: str) -> None:
     world_size, case = LOSSES[name]
+    skip_what_this_megatron_lacks(case)
     ours = ranks.run(world_size, losses_of, case)[0]
     alone = ranks.run(1, losses_of, case.alone())[0]
     for (loss, norm), (expected, expected_norm) in zip(ours, alone, strict=True):
@@ -189,17 +215,10 @@ def gathered(name: str, param: Tensor, case: Case) -> Tensor:
     """The whole start value, which ``fill`` made from the name."""
     from tests.integrations.megatron_training import start_value
 
-    whole = start_value(name, param, case)
+    whole = start_value(name, param, case).to(param.dtype).float()
     assert torch.equal(shard_of(whole, param, case), param.detach())
     return whole
 
-
-OPTIONS = {"equilibrate": True, "renormalize": "rows", "independent_decay": True}
-RULES: dict[str, dict[str, Any]] = {
-    "muon with options, lion": {"rule_settings": OPTIONS, "aux_update_rule": "lion"},
-    "adamuon": {"update_rule": "adamuon", "rule_settings": {"beta2": 0.9}},
-    "dion2": {"update_rule": "dion2", "rule_settings": {"fraction": 0.4}},
-}
 
 BITWISE = {
     "dp2": (2, Case(gated=True)),
@@ -207,6 +226,7 @@ BITWISE = {
     "dp2, small buckets": (2, Case(gated=True, bucket_size=3000, overlap=True)),
     "dp2 x tp2": (4, Case(gated=True, tp=2)),
     "dp2 x tp2, replicated": (4, Case(gated=True, tp=2, distributed=False)),
+    "dp2, replicated, bf16": (2, Case(gated=True, distributed=False, dtype="bf16")),
     "tp2, QKV as one matrix": (2, Case(gated=True, tp=2, settings={"split_qkv": False})),
     "dp2, fc1 as one matrix": (2, Case(gated=True, settings={"split_gate_up": False})),
     "ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),

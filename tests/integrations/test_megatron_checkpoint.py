@@ -19,6 +19,7 @@ from tests.integrations.megatron_training import (
     megatron_ready,
     resume,
     save,
+    skip_what_this_megatron_lacks,
     train,
     train_and_save,
 )
@@ -42,6 +43,16 @@ RESUMED = {
     "by data rank": (BY_DATA, (2, PLAIN), (4, PLAIN)),
     "experts by data rank": (BY_DATA, (4, replace(EXPERTS, ep=2)), (2, replace(EXPERTS, ep=2))),
     "experts": (FULL, (2, replace(EXPERTS, ep=2)), (4, replace(EXPERTS, ep=4))),
+    "context parallel": (
+        FULL,
+        (2, replace(PLAIN, cp=2)),
+        (4, replace(PLAIN, cp=2, tp=2)),
+    ),
+    "packed experts": (
+        FULL,
+        (2, replace(EXPERTS, ep=2, packed=True)),
+        (4, replace(EXPERTS, ep=2, packed=True)),
+    ),
     "replicated": (
         None,
         (2, replace(PLAIN, distributed=False)),
@@ -61,6 +72,7 @@ RESUMED = {
 def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """In fp32: sums in another order are the only difference."""
     sharding, (size, case), (other_size, other) = RESUMED[name]
+    skip_what_this_megatron_lacks(case)
     whole = ranks.run(size, train_and_save, case, str(tmp_path), sharding, 2)[0]
     resumed = ranks.run(other_size, resume, other, str(tmp_path), sharding, 2)[0]
     for (loss, norm), (expected, expected_norm) in zip(resumed, whole[2:], strict=True):
@@ -69,10 +81,39 @@ def test_losses_go_on_as_without_a_break(ranks: RankPool, tmp_path: Path, name: 
     assert abs(whole[2][0] - whole[0][0]) > 0.01
 
 
-def test_the_loss_scale_and_half_precision_come_back(ranks: RankPool, tmp_path: Path) -> None:
-    case = replace(PLAIN, dtype="fp16")
-    whole = ranks.run(2, train_and_save, case, str(tmp_path), FULL, 2)[0]
-    assert ranks.run(2, resume, case, str(tmp_path), FULL, 2)[0] == whole[2:]
+@pytest.mark.parametrize("sharding", [FULL, None])
+def test_the_loss_scale_and_half_precision_come_back(
+    ranks: RankPool, tmp_path: Path, sharding: str | None
+) -> None:
+    case = replace(PLAIN, dtype="fp16", distributed=sharding is not None)
+    whole = ranks.run(2, train_and_save, case, str(tmp_path), sharding, 2)[0]
+    assert ranks.run(2, resume, case, str(tmp_path), sharding, 2)[0] == whole[2:]
+
+
+def leave_expert_parallelism(folder: str) -> str:
+    """What a run without expert parallelism says to the checkpoint of one with it."""
+    from tests.integrations.megatron_training import load
+
+    case = replace(EXPERTS, ep=2, layers=1)
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        save(folder, chunks, make_optimizer(case, chunks), FULL)
+    case = replace(case, ep=1)
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        try:
+            load(folder, chunks, make_optimizer(case, chunks), FULL)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def test_a_checkpoint_with_expert_parallelism_is_refused_without(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    """Megatron makes two optimizers with it and one without, and loads neither as the other."""
+    for message in ranks.run(2, leave_expert_parallelism, str(tmp_path)):
+        assert message.startswith("the checkpoint has several optimizers, this run has one")
 
 
 def keep_flags(folder: str) -> dict[str, Any]:

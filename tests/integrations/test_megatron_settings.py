@@ -242,6 +242,9 @@ def refusals() -> dict[str, str]:
         chunks = make_chunks(Case())
         chunks[0].config.gtp_weight_remat_size = 2
         messages["generalized tensor parallelism"] = refused(chunks)
+        chunks = make_chunks(Case(experts=2))
+        chunks[0].config.expert_tensor_parallel_size = 2
+        messages["expert_tensor_parallel_size=2"] = refused(chunks)
         messages["model chunk"] = refused([nn.Linear(2, 2)])
     return messages
 
@@ -290,6 +293,47 @@ def test_what_is_orthogonalized(ranks: RankPool) -> None:
         "decoder.layers.0.mlp.linear_fc2.weight",
         "decoder.layers.1.mlp.linear_fc1.weight",
     }
+
+
+def rules_of_chunks(case: Case) -> list[set[str]]:
+    """Of each chunk on this rank, the rules of its ``linear_fc1``."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        rules = make_optimizer(case, chunks).chained_optimizers[0].flashmuon_rules
+        return [{rules[p] for n, p in c.named_parameters() if "fc1.weight" in n} for c in chunks]
+
+
+def test_an_override_can_name_one_chunk_of_a_virtual_pipeline(ranks: RankPool) -> None:
+    """Megatron names the layers of every chunk from 0."""
+    overrides = {"chunk1.*.linear_fc1.weight": "adamw"}
+    case = Case(pp=2, virtual=2, layers=4, settings={"overrides": overrides})
+    assert ranks.run(2, rules_of_chunks, case) == [[{"muon"}, {"adamw"}]] * 2
+
+
+def overridden(name: str, told: dict[str, Any]) -> dict[str, set[Any]]:
+    """Epsilon and betas of the auxiliary groups that a key of Megatron's chooses, and of others."""
+    from flashns_dist.integrations.megatron import Settings
+    from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+
+    case = Case(distributed=False)
+    with megatron_ready(case):
+        given = config(adam_eps=1e-6)
+        given.flashmuon = Settings()
+        chunks = make_chunks(case)
+        made = get_megatron_optimizer(given, chunks, {ParamKey(name=name): told})
+        found: dict[str, set[Any]] = {"chosen": set(), "others": set()}
+        for param_name, param in chunks[0].named_parameters():
+            group = next(g for g in made.param_groups if any(p is param for p in g["params"]))
+            kind = "chosen" if "final_layernorm" in param_name else "others"
+            if group["update_rule"] == "adamw":
+                found[kind].add((group["eps"], tuple(group["betas"])))
+        return found
+
+
+def test_megatrons_overrides_by_parameter_reach_adamw(ranks: RankPool) -> None:
+    told = {"eps": 1e-4, "betas": (0.8, 0.9)}
+    found = ranks.run(1, overridden, "*final_layernorm*", told)[0]
+    assert found == {"chosen": {(1e-4, (0.8, 0.9))}, "others": {(1e-6, (0.9, 0.999))}}
 
 
 # Layouts --------------------------------------------------------------------------------------
