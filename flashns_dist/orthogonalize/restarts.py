@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
-from math import prod, sqrt
+from math import prod
 
 import torch
 
@@ -136,8 +136,9 @@ def ordered_restarts(
         return places
     counts = range(len(places) + 1)
     choices = [choice for count in counts for choice in combinations(places, count)]
-    # Rounding errors of a matrix are random; their norm, relative to its own, falls with sqrt(n).
-    largest = MAX_SLOPE * min(1.0, sqrt(n / 128))
+    # Rounding errors are random, so that their norm relative to the matrix's falls with sqrt(n);
+    # where many singular values are equal they are less so, and a little more restarting is cheap.
+    largest = MAX_SLOPE * min(1.0, n / 256)
     allowed = [choice for choice in choices if _largest_slope(coefficients, choice) <= largest]
     saves = 3 * m < 5 * n
     return min(allowed or [places], key=lambda choice: -len(choice) if saves else len(choice))

@@ -6,6 +6,7 @@ import torch
 from flashns_dist.orthogonalize.kernels import get_kernels, load_backend
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,6 +42,26 @@ def test_products_match_float64(dtype, per_matrix):
     assert close(result, (wide[0] * exact @ x.double() + wide[1] * c.double()).mT)
     assert result.is_contiguous()
     assert kernels.product(gram, x, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_matrix", [False, True])
+def test_sums_that_cancel_are_rounded_once(source, per_matrix):
+    """As when deflation takes 19 twentieths of a matrix away."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 32, 64, generator=g).to(source)
+    x = torch.randn(2, 64, 48, generator=g).to(source)
+    whole = a.double() @ x.double()
+    c = (-0.95 * whole).to(source)
+    one = torch.ones(2, device=DEVICE) if per_matrix else 1.0
+    found = TorchKernels().product(
+        a.to(DEVICE), x.to(DEVICE), alpha=one, c=c.to(DEVICE), beta=one, dtype=torch.float16
+    )
+    exact = whole + c.double()
+    # One rounding of the result, and fp32 sums of 64 terms.
+    allowed = 2.0**-11 * exact.abs() + 2.0**-18 * (a.abs().double() @ x.abs().double())
+    assert found.dtype == torch.float16
+    assert ((found.cpu().double() - exact).abs() <= allowed).all()
 
 
 def test_out_is_filled_and_inputs_stay():

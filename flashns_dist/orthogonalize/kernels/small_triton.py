@@ -173,7 +173,7 @@ def bound_scalars_kernel(
     # No maximum or minimum here either.
     f = tl.where(f < 1e-12, 1e-12, f)
     ratio = _norm(sums, tiles, BLOCK) / f
-    rows = n.to(tl.float32)
+    rows = n * 1.0  # the compiler makes a constant of 1
     variance = ratio * ratio / rows - 1.0 / (rows * rows)
     variance = tl.where(variance < 0.0, 0.0, variance)
     relative = tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))

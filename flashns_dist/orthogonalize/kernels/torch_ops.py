@@ -8,13 +8,14 @@ from torch import Tensor
 from flashns_dist.orthogonalize.kernels.interface import Scalar, column, is_number
 
 _HALF = (torch.float16, torch.bfloat16)
+_CUBLAS_WIDENS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 class TorchKernels:
     """``interface.Kernels`` on torch operations.
 
-    On the CPU half products are computed in fp32 and rounded once, which is what a tensor core
-    does, and faster and more exact than torch's half kernels there. On CUDA they go to cuBLAS.
+    Half products are rounded once, as tensor cores do: on the CPU they are computed in fp32, which
+    is faster there than torch's half kernels, and on CUDA by cuBLAS.
     """
 
     name = "torch"
@@ -57,7 +58,7 @@ class TorchKernels:
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``interface.Kernels.symmetric``; the lower triangle is computed and mirrored."""
-        result = _combine(a, b, alpha, c, beta)
+        result = _combine(a, b, alpha, c, beta, a.dtype)
         if not is_number(gamma) or gamma != 0.0:
             result.diagonal(dim1=-2, dim2=-1)[:, None].add_(column(gamma))
         lower = result.tril()
@@ -80,7 +81,8 @@ class TorchKernels:
         """See ``interface.Kernels.product``."""
         if column_scale is not None:
             a = (a * column_scale[:, None, :]).to(a.dtype)
-        result = _combine(a, x, alpha, c, beta)
+        final = out.dtype if out is not None else dtype or x.dtype
+        result = _combine(a, x, alpha, c, beta, final if shift == 0.0 else torch.float32)
         if shift != 0.0:
             result = result + a.to(result.dtype) * column(alpha * shift)
         if transpose:
@@ -88,18 +90,34 @@ class TorchKernels:
         return _deliver(result, dtype or x.dtype, out)
 
 
-def _combine(a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar) -> Tensor:
-    """``alpha * a b + beta * c``: in fp32 on the CPU, rounded to ``a.dtype`` by cuBLAS on CUDA."""
-    if a.dtype in _HALF and a.device.type == "cpu":
-        a, b, c = a.float(), b.float(), None if c is None else c.float()
+def _combine(
+    a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar, dtype: torch.dtype
+) -> Tensor:
+    """``alpha * a b + beta * c``: of half operands in fp32, unless cuBLAS rounds it to ``dtype``.
+
+    Rounding a product before it is added to would be felt where most of a sum cancels.
+    """
+    if a.dtype in _HALF:
+        alike = all(t.dtype == dtype for t in (a, b, a if c is None else c))
+        numbers = is_number(alpha) and is_number(beta) and (c is not None or alpha == 1.0)
+        if not (a.is_cuda and alike and numbers):
+            result = _wide_product(a, b)
+            if not is_number(alpha) or alpha != 1.0:
+                result *= column(alpha)
+            return result if c is None else result + c.float() * column(beta)
     if c is not None and is_number(alpha) and is_number(beta):
         return torch.baddbmm(c.to(a.dtype), a, b, beta=beta, alpha=alpha)
     result = torch.bmm(a, b)
     if not is_number(alpha) or alpha != 1.0:
         result = result.to(torch.promote_types(result.dtype, torch.float32)) * column(alpha)
-    if c is not None:
-        result = result + c * column(beta)
-    return result
+    return result if c is None else result + c * column(beta)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of half operands in fp32."""
+    if a.is_cuda and a.dtype == b.dtype and _CUBLAS_WIDENS:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def _deliver(result: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
