@@ -23,7 +23,6 @@ data's values. Everything is linear in the size of ``X``: about five passes over
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -84,8 +83,9 @@ def deflate(
     n, unit = wide.shape[-2], scale / size
     signs = _signs(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
     sketch = kernels.product(signs.expand(x.shape[0], -1, -1), wide, alpha=scale)
-    # X Y has norm size^2 at most, and float16 holds size.
-    image = kernels.product(sketch, wide.mT, alpha=unit)
+    # X Y has norm size^2 at most, and float16 holds size. Its long sums are worth many programs:
+    # there are more of them with n rows than with k.
+    image = kernels.product(wide, sketch.mT, alpha=unit, transpose=True)
     a, weights = shrink_factors(kernels, image, signs, size, dtype)
     projection = kernels.product(a, wide, alpha=unit, dtype=dtype)
     left, right = (projection.mT, weights) if tall else (weights.mT, projection)
@@ -164,11 +164,17 @@ def shrink_weights(inner: Tensor) -> Tensor:
 
 def _signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``Omega^T``, ``(1, k, n)``: signs over ``sqrt(n)``, the same on every rank and device."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch.compiler.is_compiling():
-        # What a capture allocates lives as long as its graph: nothing to keep.
+    if torch.compiler.is_compiling():
         return _hashed_signs(n, k, dtype, device)
-    return _kept_signs(n, k, dtype, device)
+    signs = _KEPT.get((n, k, dtype, device))
+    if signs is None:
+        signs = _hashed_signs(n, k, dtype, device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return signs  # lives as long as the graph
+            torch.cuda.current_stream(device).synchronize()  # other streams will read them
+        _KEPT[n, k, dtype, device] = signs
+    return signs
 
 
 def _hashed_signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -183,4 +189,5 @@ def _hashed_signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> T
     return (signs / math.sqrt(n)).to(dtype)
 
 
-_kept_signs = lru_cache(maxsize=32)(_hashed_signs)
+# For good: CUDA graphs that were captured with them read them. Half a megabyte for n = 4096.
+_KEPT: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}

@@ -156,7 +156,8 @@ def test_defaults_are_what_the_h200_measured():
     assert symmetric(1, 256) == "64x64x64w4s4"
     assert product(24, 1024, 1024) == product(2, 1024, 4096) == "128x128x64w4s3"
     assert product(16, 2048, 2048) == product(4, 4096, 14336) == "128x256x64w8s3"
-    assert product(1, 256, 256) == "64x128x64w4s4"
+    assert product(1, 256, 256) == product(1, 4096, 64) == "64x128x64w4s4"
+    assert product(8, 4096, 64) == "128x128x64w4s3"  # no wider than the result
     # No pointer configuration of depth 32, which came out wrong.
     for config in (*configs.SYMMETRIC_POINTER, *configs.PRODUCT_POINTER):
         assert config.depth == 64

@@ -118,5 +118,6 @@ def default_product(
 
     if programs(configs[0]) < num_sms:
         return configs[-1]
-    wide = configs is PRODUCT_TMA and n >= 2048 and programs(configs[1]) >= num_sms
+    wide = configs is PRODUCT_TMA and n >= 2048 and m >= configs[1].cols
+    wide = wide and programs(configs[1]) >= num_sms
     return configs[1] if wide else configs[0]
