@@ -63,8 +63,7 @@ def measure(
     mesh = torch.distributed.init_device_mesh(
         world.device.type, (world.size,), mesh_dim_names=("fsdp",)
     )
-    with torch.device(world.device):
-        model = Transformer(SIZES[arguments.size], seed=0)
+    model = Transformer(SIZES[arguments.size], seed=0).to(world.device)
     whole = parallelize(model, spec, mesh, torch.bfloat16)
     optimizer = make(whole)
     generator = torch.Generator().manual_seed(world.rank)

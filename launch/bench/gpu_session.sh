@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One session on GPUs that are there for minutes: tests, tuning and measurements in one command.
 #
-#     OUT=results PARTS="tests orthogonalize deepspeed step megatron training" launch/bench/gpu_session.sh
+#     OUT=results PARTS="tests orthogonalize deepspeed step fsdp megatron training" launch/bench/gpu_session.sh
 #
 # Run in the repository's root, with torch, triton and pytest installed. Peers are used where they
 # can be imported: gram-newton-schulz, quack, dion (also from .carry/dion), deepspeed, megatron-core.
-# Every part has a limit in seconds (TESTS_S, ORTHOGONALIZE_S, DEEPSPEED_S, STEP_S, MORE_S,
-# MEGATRON_S, TRAINING_S), writes JSON lines into OUT and ends with a line that says when.
+# Every part has a limit in seconds (TESTS_S, ORTHOGONALIZE_S, DEEPSPEED_S, STEP_S, MORE_S, FSDP_S,
+# MEGATRON_S, TRAINING_S), writes JSON lines into OUT and ends with a line that says when. Where
+# there are fewer than four GPUs, tests and Megatron run four ranks on them, for their results.
 set -u
 OUT=${OUT:-results} PARTS=${PARTS:-tests orthogonalize step}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 NCCL_NVLS_ENABLE=0
@@ -15,6 +16,7 @@ mkdir -p "$OUT"
 # Where the package is not installed: what installing maps there.
 python3 -c 'import flashns_dist.integrations' 2>/dev/null || ln -sfn ../integrations flashns_dist/integrations
 GPUS=$(nvidia-smi -L | wc -l)
+SHARE=$((GPUS < 4))
 begin=$(date +%s)
 say() { echo "[$(($(date +%s) - begin)) s] $*"; }
 has() { [[ " $PARTS " == *" $1 "* ]]; }
@@ -26,12 +28,13 @@ log() { grep -v -i -E 'warn|^ *$' | tail -"${1:-30}" | cut -c1-300; }
 PYTEST="python3 -m pytest -q -p no:cacheprovider -n ${WORKERS:-4}"
 
 if has tests; then
-  timeout "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
+  timeout -s INT "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
     tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py 2>&1 | log 25
   say "tests of the kernels and the step"
 fi
 if has invariance; then # one process start takes 10 to 15 s on such machines
-  timeout "${INVARIANCE_S:-300}" $PYTEST tests/optim/test_invariance.py tests/exchange 2>&1 | log 25
+  FLASHNS_DIST_SHARE_GPUS=$SHARE timeout -s INT "${INVARIANCE_S:-300}" $PYTEST \
+    tests/optim/test_invariance.py tests/exchange 2>&1 | log 25
   say invariance
 fi
 if has orthogonalize; then
@@ -69,10 +72,13 @@ if has step; then
     --candidates "FlashMuon,fused AdamW,dion gram" --cost "$OUT/calibration.json" --minutes 1.2 --out "$OUT/more" 2>&1 | log
   say "experts and replicas"
 fi
+if has fsdp; then
+  ranks "${FSDP_S:-90}" "$GPUS" 29607 launch/bench/fsdp_step.py --size 1b --minutes 1.2 --out "$OUT" 2>&1 | log 5
+  say fsdp
+fi
 if has megatron; then
-  layouts=("2 1,2") && [ "$GPUS" -ge 4 ] && layouts+=("4 2")
-  for layout in "${layouts[@]}"; do
-    CUDA_DEVICE_MAX_CONNECTIONS=1 ranks "${MEGATRON_S:-70}" "${layout% *}" 29606 launch/bench/megatron_step.py \
+  for layout in "2 1,2" "4 2"; do
+    FLASHNS_DIST_SHARE_GPUS=$SHARE CUDA_DEVICE_MAX_CONNECTIONS=1 ranks "${MEGATRON_S:-70}" "${layout% *}" 29606 launch/bench/megatron_step.py \
       --tensor-parallel "${layout#* }" --warmup 2 --steps 5 --out "$OUT/megatron-${layout% *}" 2>&1 | log 10
     say "megatron on ${layout% *}"
   done
