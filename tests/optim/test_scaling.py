@@ -112,7 +112,23 @@ LAUNCHING: dict[str, tuple[str, dict[str, Any]]] = {
 def test_as_many_launches_for_many_matrices_as_for_two(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook, settings = LAUNCHING[case]
+    two, twenty = launches_of(*LAUNCHING[case], monkeypatch)
+    assert len(two) > 2
+    assert two == twenty
+
+
+def test_dion_launches_its_products_and_no_more_for_each_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its pieces lie apart."""
+    two, twenty = launches_of("begin", {"update_rule": "dion"}, monkeypatch)
+    assert len(twenty) - len(two) <= 18 * 4
+
+
+def launches_of(
+    hook: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[str]]:
+    """Operations of a hook for two matrices, and for twenty."""
     rule = type(MATRIX_RULES[settings.get("update_rule", "muon")])
     original = getattr(rule, hook)
     counts = []
@@ -133,5 +149,4 @@ def test_as_many_launches_for_many_matrices_as_for_two(
                 param.grad = torch.randn(8, 12)
             optimizer.step()
     _, two, _, twenty = counts
-    assert len(two) > 2
-    assert two == twenty
+    return two, twenty

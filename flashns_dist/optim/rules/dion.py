@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from flashns_dist.optim.rules.rule import MatrixRule, check_fraction
 from flashns_dist.optim.rules.selection import check_rectangles
 
 _BATCH_ELEMENTS = 2**24  # of the factors that are reduced at once
+_STACK_ELEMENTS = 2**22  # of those that are orthonormalized at once, in fp64
 
 
 class Dion(MatrixRule):
@@ -124,22 +126,31 @@ class _Factors:
         for index in self.matrices:
             cols, state = self.run.matrix(index).block.cols, self._right(index)
             right[index] = state.view(cols, -1)
-        for (index, piece), momentum in zip(self.held, self.momenta, strict=True):
-            gradient = self.run.gradients[self.run.matrix(index).tensor]
-            if gradient is not None:
-                momentum.add_(piece.view(gradient))
+        gradients = [self.run.gradients[self.run.matrix(index).tensor] for index, _ in self.held]
+        present = [
+            (momentum, piece.view(gradient))
+            for (_, piece), momentum, gradient in zip(
+                self.held, self.momenta, gradients, strict=True
+            )
+            if gradient is not None
+        ]
+        if present:
+            torch._foreach_add_([m for m, _ in present], [g for _, g in present])
         left = self._products(right, dim=0)
-        for factor in left.values():
-            factor.copy_(orthonormal(factor))
+        for indices, stack in _stacks(left):
+            _write([left[i] for i in indices], orthonormal(stack))
         products = self._products(left, dim=1)
-        for index, product in products.items():
-            right[index].copy_(_new_right(product, right[index]))
+        steps: dict[int, Tensor] = {}  # P Q^T is what weights move by; Q without columns not kept
+        for indices, stack in _stacks(products):
+            unit, is_kept = _unit_columns(stack)
+            old = torch.stack([right[i] for i in indices])
+            _write([right[i] for i in indices], torch.where(is_kept, unit, old))
+            steps.update(zip(indices, unit * is_kept, strict=True))
         updates = []
         for (index, piece), box, momentum in zip(self.held, self.boxes, self.momenta, strict=True):
             rows, transposed = _rows(left[index], box, 0), _rows(products[index], box, 1).T
             momentum.view(box.size).addmm_(rows, transposed, alpha=mu - 1)
-            kept = _is_kept(products[index])
-            update = rows @ (_rows(right[index], box, 1) * kept).T
+            update = rows @ _rows(steps[index], box, 1).T
             updates.append(update.view(piece.box.size))
         pieces = Pieces(self.run, self.group, tuple(self.matrices), tuple(self.held))
         update_weights(pieces, updates)
@@ -175,17 +186,30 @@ def _rows(factor: Tensor, box: Box, dim: int) -> Tensor:
     return factor.narrow(0, box.start[dim], box.size[dim])
 
 
-def _is_kept(product: Tensor) -> Tensor:
-    """Which columns are above the rounding of the largest one."""
-    norms = torch.linalg.vector_norm(product, dim=0)
-    floor = 10 * torch.finfo(product.dtype).eps
-    return torch.gt(norms, floor * norms.max())
+def _stacks(factors: Mapping[int, Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Stacks of factors of equal shape, ``(number, n, r)``, and which they are."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, factor in factors.items():
+        alike.setdefault(tuple(factor.shape), []).append(index)
+    for shape, indices in alike.items():
+        most = max(1, _STACK_ELEMENTS // math.prod(shape))
+        for begin in range(0, len(indices), most):
+            part = indices[begin : begin + most]
+            yield part, torch.stack([factors[index] for index in part])
 
 
-def _new_right(product: Tensor, old: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(product, dim=0)
-    unit = product / torch.where(norms > 0, norms, 1.0)
-    return torch.where(_is_kept(product), unit, old)
+def _write(targets: list[Tensor], stack: Tensor) -> None:
+    torch._foreach_copy_(targets, list(stack))
+
+
+def _unit_columns(products: Tensor) -> tuple[Tensor, Tensor]:
+    """``(number, cols, r)`` with columns at norm one, and whether each was above the rounding of
+    the largest one of its matrix, ``(number, 1, r)``.
+    """
+    norms = torch.linalg.vector_norm(products, dim=-2, keepdim=True)
+    floor = 10 * torch.finfo(products.dtype).eps
+    is_kept = torch.gt(norms, floor * norms.amax(-1, keepdim=True))
+    return products / torch.where(norms > 0, norms, 1.0), is_kept
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -194,21 +218,22 @@ def orthonormal(x: Tensor) -> Tensor:
     A column that depends on earlier ones (to 1e-6) becomes zero.
 
     Args:
-        x: ``(n, r)``, any float dtype; columns of any norm.
+        x: ``(..., n, r)``, any float dtype; columns of any norm.
 
     Returns:
-        float64 ``(n, r)``.
+        float64 ``(..., n, r)``.
     """
     full = x.double()
-    norms = torch.linalg.vector_norm(full, dim=0)
+    norms = torch.linalg.vector_norm(full, dim=-2, keepdim=True)
     full = full / torch.where(norms > 0, norms, 1.0)
     kept = torch.ones_like(norms, dtype=torch.bool)
     for _ in range(2):
-        gram = full.T @ full
-        gram.diagonal().add_(torch.where(kept, 1e-14 * full.shape[1], 1.0))
+        gram = full.mT @ full
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(torch.where(kept, 1e-14 * full.shape[-1], 1.0).squeeze(-2))
         lower = torch.linalg.cholesky_ex(gram).L
-        kept &= lower.diagonal() > 1e-6
-        full = torch.linalg.solve_triangular(lower, full.T, upper=False).T * kept
+        kept &= lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) > 1e-6
+        full = torch.linalg.solve_triangular(lower, full.mT, upper=False).mT * kept
     return full
 
 
