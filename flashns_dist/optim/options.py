@@ -17,7 +17,8 @@ class ExchangeOptions:
     Attributes:
         wire_dtype: Dtype that travels both ways and that matrices are orthogonalized from, also
             where nothing needs to travel (so that results do not depend on the number of ranks).
-        bucket_bytes: Most bytes that a rank buffers for one direction of one bucket.
+        bucket_bytes: Most bytes that a rank buffers for one direction of one bucket, or one matrix;
+            where nothing travels, half of what it orthogonalizes at once.
         replicas: Whether replicas (DDP, HSDP) divide the matrices among themselves (``"share"``),
             each do all of them (``"repeat"``), or what the cost model predicts to be faster
             (``"auto"``).

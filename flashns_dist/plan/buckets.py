@@ -17,7 +17,8 @@ class Buckets:
         group_size: Ranks in the process group.
         owners: Of each matrix.
         seconds: To orthogonalize each matrix.
-        cap: Elements that a rank may hold of one bucket.
+        cap: Elements that a rank may hold of one bucket; twice as many where nothing travels, since
+            that needs no transfer buffers.
         arrival: For each matrix, its place in the order of the buckets; None for the order of their
             shapes, of which a bucket then makes the largest batches.
     """
@@ -53,7 +54,7 @@ class Buckets:
             matrix.numel * max(-(-matrix.layout.num_replicas // len(ranks)), 1)
             for matrix, ranks in zip(matrices, owners, strict=True)
         ]
-        self._cap = max(cap, max(alone, default=0))
+        self._cap, self._local_cap = (max(most, *alone, 0) for most in (cap, 2 * cap))
 
     def cut(self, at_least: int) -> list[tuple[tuple[int, ...], Traffic]]:
         """Buckets that keep to the cap, and their traffic; at least so many where there are enough
@@ -61,12 +62,12 @@ class Buckets:
         """
         if not self.matrices:
             return []
-        number = max(at_least, ceil(self.total.largest / self._cap), 1)
+        number = max(at_least, ceil(self._fill(self.total)), 1)
         while True:
             number = min(number, self.most_owned)
             buckets = self._evenly(number)
             traffic = [self._traffic(bucket) for bucket in buckets]
-            excess = max(t.largest for t in traffic) / self._cap
+            excess = max(map(self._fill, traffic))
             if excess <= 1:
                 return [(tuple(sorted(b)), t) for b, t in zip(buckets, traffic, strict=True)]
             if number == self.most_owned:
@@ -74,7 +75,7 @@ class Buckets:
             number += max(1, int(number * min(excess - 1, 0.25)))
         kept: list[tuple[tuple[int, ...], Traffic]] = []
         for bucket, t in zip(buckets, traffic, strict=True):
-            parts = [bucket] if t.largest <= self._cap else self._split(bucket)
+            parts = [bucket] if self._fill(t) <= 1 else self._split(bucket)
             kept += [(tuple(sorted(p)), t if p is bucket else self._traffic(p)) for p in parts]
         return kept
 
@@ -88,6 +89,10 @@ class Buckets:
                 buckets[min(int(fraction * number), number - 1)].append(index)
                 done += self._seconds[index]
         return [bucket for bucket in buckets if bucket]
+
+    def _fill(self, traffic: Traffic) -> float:
+        """Of its cap, what a bucket takes."""
+        return traffic.largest / (self._local_cap if traffic.is_local else self._cap)
 
     def _traffic(self, bucket: Sequence[int]) -> Traffic:
         traffic = Traffic(self.group_size)
@@ -109,7 +114,7 @@ class Buckets:
         traffic = Traffic(self.group_size)
         for _, _, index in sorted(order):
             traffic.add(self.matrices, self.owners, [index])
-            if parts[-1] and traffic.largest > self._cap:
+            if parts[-1] and self._fill(traffic) > 1:
                 parts.append([])
                 traffic = self._traffic([index])
             parts[-1].append(index)

@@ -38,8 +38,8 @@ def make_plan(
         cost: Cost model (default: one H200's).
         wire_itemsize: Bytes per element that travels.
         bucket_bytes: Most bytes that a rank sends, receives or orthogonalizes in one bucket, in
-            either direction; or as much as a single matrix (with the copies that replicas get)
-            takes, where that is more.
+            either direction (twice as much where nothing travels); or as much as a single matrix
+            (with the copies that replicas get) takes, where that is more.
         replicas: ``"share"`` divides the matrices among replicas, ``"repeat"`` lets each replica
             do all of them without talking to the others, ``"auto"`` takes what is predicted faster.
         arrival: For each matrix, its place in the order in which gradients arrive, which the

@@ -46,6 +46,11 @@ class Traffic:
         return max(max(direction, default=0) for direction in directions)
 
     @property
+    def is_local(self) -> bool:
+        """Whether nothing travels."""
+        return not any(self.gather_sends) and not any(self.scatter_sends)
+
+    @property
     def sent(self) -> list[int]:
         """Elements that each rank sends, both ways together."""
         return [g + s for g, s in zip(self.gather_sends, self.scatter_sends, strict=True)]

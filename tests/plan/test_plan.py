@@ -40,11 +40,15 @@ def sharded(size: int, shapes: list[tuple[int, int]]) -> list[Matrix]:
 
 
 def buffered(plan: Plan, rank: int) -> list[int]:
-    """Most elements of each bucket that a rank sends, receives or orthogonalizes."""
+    """Most elements of each bucket that a rank sends, receives or orthogonalizes.
+
+    Where nothing travels, half of the latter.
+    """
     found = []
-    for bucket in plan.buckets:
+    for number, bucket in enumerate(plan.buckets):
         schedule = make_schedule(plan, bucket, rank)
-        sums = [sum(plan.matrices[index].numel for index in schedule.owned)]
+        owned = sum(plan.matrices[index].numel for index in schedule.owned)
+        sums = [owned if plan.moves(number) else -(-owned // 2)]
         for route in (schedule.gather, schedule.scatter):
             sums += [sum(route.send_splits), sum(route.receive_splits)]
         found.append(max(sums))
@@ -232,6 +236,17 @@ def test_a_smaller_cap_makes_more_buckets() -> None:
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == 16
     assert counts[-1] == 1
+
+
+def test_buckets_are_twice_as_large_where_nothing_travels() -> None:
+    """As of experts that lie whole on their ranks: there are no transfer buffers."""
+    whole = [matrix(on_rank(t % 2, (64, 64), 2), t) for t in range(64)]
+    plan = make_plan(whole, 2, bucket_bytes=2 * 64 * 64 * 4)
+    assert [len(bucket) for bucket in plan.buckets] == [16] * 4
+    assert len(make_plan(sharded(2, [(64, 64)] * 64), 2, bucket_bytes=2 * 64 * 64 * 4).buckets) == 8
+    # One that is larger than both is alone.
+    large = [matrix(on_rank(t % 2, (64, 64 * 9), 2), t) for t in range(4)]
+    assert len(make_plan(large, 2, bucket_bytes=2 * 64 * 64 * 4).buckets) == 2
 
 
 def test_buckets_hold_equal_shapes_together() -> None:
