@@ -25,16 +25,18 @@ ranks() { # seconds, ranks, port, program and arguments
     --rdzv-endpoint "127.0.0.1:$3" "${@:4}"
 }
 log() { grep -v -i -E 'warn|^ *$' | tail -"${1:-30}" | cut -c1-300; }
-PYTEST="python3 -m pytest -q -p no:cacheprovider -n ${WORKERS:-4}"
+# Every result in a line of its own: the names of failures are there even if the time runs out.
+PYTEST="python3 -m pytest -v --tb=short -p no:cacheprovider -n ${WORKERS:-4}"
+results() { tee "$OUT/$1.log" | grep -E 'FAILED|ERROR|^E  |passed|failed' | tail -40 | cut -c1-220; grep -c PASSED "$OUT/$1.log"; }
 
 if has tests; then
-  timeout -s INT "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
-    tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py 2>&1 | log 25
+  timeout "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
+    tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py 2>&1 | results tests
   say "tests of the kernels and the step"
 fi
 if has invariance; then # one process start takes 10 to 15 s on such machines
-  FLASHNS_DIST_SHARE_GPUS=$SHARE timeout -s INT "${INVARIANCE_S:-300}" $PYTEST \
-    tests/optim/test_invariance.py tests/exchange 2>&1 | log 25
+  FLASHNS_DIST_SHARE_GPUS=$SHARE timeout "${INVARIANCE_S:-300}" $PYTEST \
+    tests/optim/test_invariance.py tests/exchange 2>&1 | results invariance
   say invariance
 fi
 if has orthogonalize; then
