@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -137,12 +138,14 @@ def _work(
         os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:] = paths
     torch.set_num_threads(1)
+    num_frozen = 0  # modules
     while True:
         try:
             module, name, args, world_size, rendezvous = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
+            num_frozen = _leave_group(num_frozen)
             _join_group(rank, world_size, rendezvous, backend)
             body: Any = importlib.import_module(module)
             for part in name.split("."):
@@ -154,9 +157,22 @@ def _work(
         connection.send_bytes(pickle.dumps(answer))
 
 
-def _join_group(rank: int, world_size: int, rendezvous: str, backend: str | None) -> None:
+def _leave_group(num_frozen: int) -> int:
+    """Leave the last job's process groups, and free them.
+
+    Models and optimizers are reference cycles, and a gloo group that one of them holds keeps its
+    threads. What modules hold is frozen, now and then, so that collections need not look at it.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
+    if len(sys.modules) <= num_frozen + 50:
+        return num_frozen
+    gc.freeze()
+    return len(sys.modules)
+
+
+def _join_group(rank: int, world_size: int, rendezvous: str, backend: str | None) -> None:
     chosen = backend or ("nccl" if has_gpus(world_size) else "gloo")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     if chosen == "nccl":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -81,9 +80,6 @@ def megatron_ready(case: Case) -> Iterator[None]:
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     install()
-    gc.collect()  # the models of earlier jobs: cycles that hold process groups and their threads
-    if not gc.get_freeze_count():
-        gc.freeze()  # modules, which later collections need not look at
     with megatron_on_cpu():
         options: dict[str, Any] = {}
         if case.instances > 1:
