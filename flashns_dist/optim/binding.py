@@ -213,9 +213,16 @@ def _mesh_group(mesh: Any, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         return mesh.get_group()  # type: ignore[no-any-return]
     # The world itself is in the key: after it is destroyed, another world's groups are others.
     key = (dist.group.WORLD, tuple(sorted(ranks)))
+    forget_other_worlds(_GROUPS)
     if key not in _GROUPS:
         _GROUPS[key] = new_group(ranks)
     return _GROUPS[key]
+
+
+def forget_other_worlds(groups: dict[tuple[Any, ...], dist.ProcessGroup]) -> None:
+    """Remove groups whose key begins with a world that has been destroyed: they hold threads."""
+    for key in [key for key in groups if key[0] is not dist.group.WORLD]:
+        del groups[key]
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:

@@ -21,6 +21,8 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from flashns_dist.optim.binding import forget_other_worlds
+
 from .layouts import buffer_ranges
 
 VERSION: str = megatron.core.__version__
@@ -317,6 +319,7 @@ def _group_of(
         None,
     )
     key = (dist.group.WORLD, ranks)
+    forget_other_worlds(_GROUPS)
     missing = ranks if ranks and existing is None and key not in _GROUPS else ()
     wanted: list[tuple[int, ...]] = [missing] * dist.get_world_size()
     dist.all_gather_object(wanted, missing)

@@ -77,6 +77,7 @@ def megatron_ready(case: Case) -> Iterator[None]:
     warnings.filterwarnings("ignore")
     from flashns_dist.integrations.megatron import install
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     install()
@@ -99,6 +100,9 @@ def megatron_ready(case: Case) -> Iterator[None]:
         finally:
             unset_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
+            for method in vars(RotaryEmbedding).values():  # caches that hold 32 models' groups
+                if hasattr(method, "cache_clear"):
+                    method.cache_clear()
 
 
 def make_config(case: Case) -> Any:
