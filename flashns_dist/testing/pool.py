@@ -24,6 +24,9 @@ import torch.distributed as dist
 from flashns_dist.testing.gpus import has_gpus, rank_gpu
 
 
+_MOST_THREADS = 300  # of a worker: groups that some library keeps have threads that keep waking
+
+
 class RankError(AssertionError):
     """A body failed or hung on some rank; the message holds every rank's traceback."""
 
@@ -32,7 +35,8 @@ class RankPool:
     """Worker processes that are started once and form process groups of any size up to ``size``.
 
     Gloo on the CPU, NCCL where there are as many GPUs as ranks (or ``FLASHNS_DIST_SHARE_GPUS=1``).
-    After a failure the workers are replaced, because a rank may be stuck in a collective.
+    After a failure the workers are replaced, because a rank may be stuck in a collective; and where
+    they have collected too many threads.
 
     Args:
         size: Number of workers.
@@ -66,6 +70,8 @@ class RankPool:
         """
         if world_size > self._size:
             raise ValueError(f"world_size={world_size} is more than the pool's {self._size}")
+        if any(_num_threads(process) > _MOST_THREADS for process, _ in self._workers):
+            self.close()
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
@@ -120,6 +126,12 @@ class RankPool:
             process.join()
             connection.close()
         self._workers = []
+
+
+def _num_threads(process: Any) -> int:
+    """How many threads a process has; 0 where the system does not say."""
+    folder = Path(f"/proc/{process.pid}/task")
+    return len(list(folder.iterdir())) if folder.exists() else 0
 
 
 def rank_device() -> torch.device:

@@ -71,6 +71,9 @@ def skip_what_this_megatron_lacks(case: Case) -> None:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_CHUNKS: list[Any] = []  # of the present job
+
+
 @contextmanager
 def megatron_ready(case: Case) -> Iterator[None]:
     """Megatron on this rank's process group, with its groups as the case says."""
@@ -103,6 +106,8 @@ def megatron_ready(case: Case) -> Iterator[None]:
             for method in vars(RotaryEmbedding).values():  # caches that hold 32 models' groups
                 if hasattr(method, "cache_clear"):
                     method.cache_clear()
+            while _CHUNKS:  # cycles through autograd's nodes, which are not collected
+                _CHUNKS.pop().grad_accs.clear()
 
 
 def make_config(case: Case) -> Any:
@@ -172,7 +177,7 @@ def make_chunks(case: Case) -> list[Any]:
         num_distributed_optimizer_instances=case.instances,
         check_for_nan_in_grad=False,
     )
-    chunks = []
+    chunks: list[Any] = []
     for number in range(case.virtual or 1):
         stage = {"ignore_virtual": False, "vp_stage": number} if case.virtual else {}
         model = GPTModel(
@@ -191,6 +196,7 @@ def make_chunks(case: Case) -> list[Any]:
         if case.dtype != "fp32":
             model = Float16Module(config, model)
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=number > 0))
+        _CHUNKS.append(chunks[-1])
     config.finalize_model_grads_func = finalize_model_grads
     if case.overlap:
         config.no_sync_func = [c.no_sync for c in chunks]
