@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from flashns_dist.testing.gpus import has_gpus, rank_gpu
 
-
 _MOST_THREADS = 300  # of a worker: groups that some library keeps have threads that keep waking
 
 
