@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.optim import binding
 from flashns_dist.testing.pool import RankPool, rank_device
 
 
@@ -308,3 +309,21 @@ def mesh_of_some_ranks() -> None:
 
 def test_a_mesh_of_some_ranks_needs_no_others(ranks: RankPool) -> None:
     ranks.run(3, mesh_of_some_ranks)
+
+
+def groups_of_meshes() -> tuple[int, int]:
+    """How many groups are kept after a step on a mesh of two axes, and how many of other worlds."""
+    ranks = [[0], [1]] if dist.get_rank() < 2 else [[2]]
+    mesh = DeviceMesh(rank_device().type, ranks, _init_backend=False)
+    local = torch.ones(3, 8, device=rank_device())
+    if dist.get_rank() < 2:
+        param = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)] * 2, run_check=False))
+        param.grad = DTensor.from_local(local, mesh, [Shard(0)] * 2, run_check=False)
+        FlashMuon([param], exchange=ExchangeOptions(replica_group=None)).step()
+    return len(binding._GROUPS), sum(k[0] is not dist.group.WORLD for k in binding._GROUPS)
+
+
+def test_groups_of_worlds_that_are_gone_are_not_kept(ranks: RankPool) -> None:
+    """They would hold threads and communicators."""
+    for _ in range(2):
+        assert ranks.run(3, groups_of_meshes)[:2] == [(1, 0)] * 2
