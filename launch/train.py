@@ -39,7 +39,7 @@ from launch.record import Record
 from launch.report import RunFacts, plot_losses, summarize
 from launch.schedule import learning_rate_factor
 from launch.settings import optimizer_config, read_settings
-from launch.world import World, joined_world
+from launch.world import World, joined_world, leave_process
 
 
 class TrainingRun:
@@ -297,3 +297,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process()

@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 
 from launch.bench.timing import environment
 from launch.model import SIZES, Transformer
-from launch.world import World, joined_world
+from launch.world import World, joined_world, leave_process
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "FlashMuon": {"type": "FlashMuon", "params": {"lr": 0.02, "aux_lr": 3e-4}},
@@ -196,3 +196,4 @@ def _faster(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 if __name__ == "__main__":
     main()
+    leave_process()

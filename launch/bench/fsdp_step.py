@@ -32,7 +32,7 @@ from launch.bench.timing import environment
 from launch.mesh import parse_mesh
 from launch.model import SIZES, Transformer
 from launch.parallelize import parallelize
-from launch.world import World, joined_world
+from launch.world import World, joined_world, leave_process
 
 
 def flash(bucket_bytes: int, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -153,3 +153,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process()

@@ -30,7 +30,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.bench.timing import environment
-from launch.world import World, joined_world
+from launch.world import World, joined_world, leave_process
 
 # hidden, layers, heads, query groups, ffn, vocabulary
 SIZES = {
@@ -339,3 +339,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process()

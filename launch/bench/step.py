@@ -45,7 +45,7 @@ from launch.bench.case import Case, Problem, local_of, parse_case
 from launch.bench.contestants import PEERS, Make, exchange_options, flash, peer, variants
 from launch.bench.models import num_elements
 from launch.bench.timing import Record, Timing, summarize
-from launch.world import World, joined_world
+from launch.world import World, joined_world, leave_process
 
 SLOW_SECONDS = 1.0
 """Candidates whose step takes longer are measured three times only."""
@@ -364,3 +364,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process()
