@@ -86,7 +86,7 @@ def test_the_version_is_written_once_in_the_code() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, unpacked; built from a copy, without network and without isolation."""
-    pytest.importorskip("setuptools", minversion="70.1")  # has its own bdist_wheel
+    pytest.importorskip("setuptools", minversion="77")  # has its own bdist_wheel
     copy = tmp_path_factory.mktemp("source")
     for folder in ("flashns_dist", "integrations"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,6 +123,8 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     metadata = PathDistribution(info).metadata
     assert metadata["Name"] == "flashns-dist"
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "MIT"
+    assert (info / "licenses" / "LICENSE").is_file()
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert required == ["torch>=2.7"]
 
