@@ -6,14 +6,22 @@ import os
 import runpy
 import sys
 
+USAGE = """\
+usage: torchrun ... -m flashns_dist.integrations.megatron SCRIPT [ARGUMENT ...]
+Runs a script of Megatron-LM's, such as pretrain_gpt.py, with --optimizer flashmuon."""
+
 
 def main(argv: list[str]) -> None:
-    """Run ``argv[1]`` as a script with the arguments that follow it."""
-    if len(argv) < 2 or argv[1] in ("-h", "--help"):
-        sys.exit(
-            "usage: torchrun ... -m flashns_dist.integrations.megatron SCRIPT [ARGUMENT ...]\n"
-            "Runs a script of Megatron-LM's, such as pretrain_gpt.py, with --optimizer flashmuon."
-        )
+    """Run ``argv[1]`` as a script with the arguments that follow it.
+
+    Raises:
+        SystemExit: There is no such script; or ``--help`` was asked for.
+    """
+    if len(argv) < 2:
+        sys.exit(USAGE)
+    if argv[1] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit()
     script = argv[1]
     if not os.path.isfile(script):
         sys.exit(f"{script}: no such script. Give the path of pretrain_gpt.py or another script.")

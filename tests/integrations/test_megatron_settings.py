@@ -469,6 +469,17 @@ def test_the_launcher_runs_a_script_as_python_does(tmp_path: Path) -> None:
     assert "hooks.py ['--optimizer', 'flashmuon'] __main__" in last
 
 
+def test_the_launcher_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    from flashns_dist.integrations.megatron.__main__ import main
+
+    with pytest.raises(SystemExit) as asked:
+        main(["megatron", "--help"])
+    assert not asked.value.code
+    assert "SCRIPT [ARGUMENT ...]" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="usage"):
+        main(["megatron"])
+
+
 def test_the_launcher_names_a_script_that_is_not_there() -> None:
     from flashns_dist.integrations.megatron.__main__ import main
 
