@@ -1,4 +1,4 @@
-"""Step time of training under FSDP2: FlashMuon, also in the backward pass, beside AdamW and Muon.
+"""Step time of training under FSDP2: FlashMuon, also in the backward pass, beside AdamW.
 
     torchrun --nproc-per-node 2 launch/bench/fsdp_step.py --size 1b --out DIR
 
@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def measure(
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every optimizer, and write the lines on the first rank."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
@@ -115,18 +115,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing after")
-    arguments = parser.parse_args()
-    with joined_world(arguments.device, None) as world:
+    settings = parser.parse_args(arguments)
+    with joined_world(settings.device, None) as world:
         begin = world.now()
         best: dict[str, dict[str, Any]] = {}
-        made = contestants(arguments.bucket_bytes)
+        made = contestants(settings.bucket_bytes)
         for name in [*made, *reversed(made)]:
             elapsed = float(world.agree(str(world.now() - begin)))
-            if elapsed > 60 * arguments.minutes:
+            if elapsed > 60 * settings.minutes:
                 break
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                result = measure(made[name], arguments, world)
+                result = measure(made[name], settings, world)
             result["warnings"] = sorted(
                 {str(w.message) for w in caught if "backward pass" in str(w.message)}
             )
@@ -137,10 +137,10 @@ def main() -> None:
         if not world.is_first:
             return
         facts = {**environment(), "ranks": world.size} | {
-            key: getattr(arguments, key) for key in ("size", "seq_len", "batch", "bucket_bytes")
+            key: getattr(settings, key) for key in ("size", "seq_len", "batch", "bucket_bytes")
         }
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with (arguments.out / "fsdp_step.jsonl").open("w") as file:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        with (settings.out / "fsdp_step.jsonl").open("w") as file:
             for name, result in best.items():
                 file.write(json.dumps({"optimizer": name, **result, **facts}) + "\n")
         for name, result in best.items():
