@@ -36,6 +36,7 @@ class Selection:
 
     @property
     def block(self) -> Block:
+        """The smaller matrix as a block of its own."""
         return Block((Box((0, 0), self.shape),), *self.shape)
 
 

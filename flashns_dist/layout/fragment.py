@@ -18,6 +18,7 @@ class Box:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return prod(self.size)
 
     def intersect(self, other: Box) -> Box | None:

@@ -21,7 +21,6 @@ class Layout:
     Attributes:
         shape: Global shape.
         fragments: For each group rank, what it stores, in storage order (empty for an empty shard).
-        local_numel: For each group rank, the number of elements that it stores.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +47,7 @@ class Layout:
 
     @property
     def group_size(self) -> int:
+        """Ranks in the process group."""
         return len(self.fragments)
 
     @cached_property

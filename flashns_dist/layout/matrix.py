@@ -45,6 +45,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """``(rows, cols)`` of the matrix."""
         return self.rows, self.cols
 
     def view(self, matrix: Tensor, part: int, box: Box) -> Tensor:

@@ -32,7 +32,8 @@ def load_foreign_state(optimizer: FlashMuon, *sources: Source) -> None:
     everywhere. Settings (learning rates, decays) are not read: they are this optimizer's.
 
     Parameters are found by name. Values are whole tensors, of which every rank takes what it
-    stores, or DTensors with the parameter's own placements.
+    stores, or DTensors with the parameter's own placements. Call it on every rank. Collectives: as
+    ``bind_parameter``, at most.
 
     Args:
         optimizer: Made with named parameters (as ``parameter_groups`` gives), of any sharding.

@@ -410,7 +410,10 @@ class FlashMuon(Optimizer):
         """Load a state of this optimizer, or ``torch.optim.Muon``'s for the same parameters.
 
         The momentum keeps the precision that it was saved in (at most fp32 where it is kept in
-        fp32); settings that the checkpoint lacks keep their present values.
+        fp32); settings that the checkpoint lacks keep their present values. No collectives.
+
+        Raises:
+            ValueError: The checkpoint has another number of groups, or other update rules.
         """
         completed = completed_state_dict(state_dict, self.param_groups)
         super().load_state_dict(completed)

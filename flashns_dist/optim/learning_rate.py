@@ -33,6 +33,11 @@ def learning_rate_scale(adjust_lr_fn: AdjustLr, shape: tuple[int, int]) -> float
     """The factor on the learning rate of a ``(rows, cols)`` = (out, in) matrix.
 
     The learning rate times this factor is the spectral norm of one step's change.
+
+    Args:
+        adjust_lr_fn: As FlashMuon's: ``"match_rms_adamw"`` is of arXiv 2502.16982, ``"spectral"``
+            of arXiv 2410.21265.
+        shape: Of the matrix, global.
     """
     if adjust_lr_fn is None:
         adjust_lr_fn = "original"

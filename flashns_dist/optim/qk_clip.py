@@ -64,7 +64,11 @@ class Attention:
         biases: tuple[Weight, Weight] | None = None,
         name: str = "attention",
     ) -> Attention:
-        """Projections of their own for queries and keys, heads one after the other."""
+        """Projections of their own for queries and keys, heads one after the other.
+
+        Raises:
+            ValueError: A weight's rows are not so many heads of one width.
+        """
         kv_heads = num_kv_heads or num_heads
         rows = []
         for offset in range(0, 4 if biases else 2, 2):
@@ -77,7 +81,12 @@ class Attention:
     def fused(
         qkv: Weight, view: QKV, *, bias: Weight | None = None, name: str = "attention"
     ) -> Attention:
-        """One weight for queries, keys and values, ordered as ``view`` says (``dim=0``)."""
+        """One weight for queries, keys and values, ordered as ``view`` says.
+
+        Raises:
+            ValueError: The view does not fit the weight.
+            NotImplementedError: The view has ``dim=1``.
+        """
         heads, kv_heads = view.num_heads, view.num_kv_heads or view.num_heads
         if view.dim != 0:
             raise NotImplementedError(f"{name}: QK-clip needs the heads in rows, not in columns")
@@ -118,6 +127,9 @@ class Attention:
             rope: Width of the rotary part, whose key all heads share. That key stays as it is; the
                 rotary queries take the whole factor.
             name: For errors.
+
+        Raises:
+            ValueError: The rows are not heads of these widths.
         """
         query = _head_size(name, query_up, num_heads)
         key_value = _head_size(name, key_value_up, num_heads)
@@ -135,7 +147,7 @@ class Attention:
 
 
 class QKClip:
-    """Call it with the largest logits after each ``optimizer.step()``.
+    """QK-clip (arXiv 2507.20534): call it with the largest logits after each ``optimizer.step()``.
 
     A head ``h`` with largest logit ``s`` above ``threshold`` has its logits scaled by
     ``g = threshold / s``: its queries by ``g^alpha``, its keys by ``g^(1 - alpha)``. Query heads
@@ -278,8 +290,8 @@ def largest_logits(
     Costs the product of queries and keys once more, ``chunk`` queries at a time. Without gradients.
 
     Args:
-        query: After rotary embedding.
-        key: Likewise; heads divide the queries'.
+        query: ``(batch, heads, seq, head_dim)``, after rotary embedding; any float dtype.
+        key: ``(batch, kv_heads, seq, head_dim)``, likewise; ``kv_heads`` divides ``heads``.
         scale: Of the logits (None: ``head_dim ** -0.5``).
         causal: Leave out keys after a query.
         chunk: Queries at once; ``batch * heads * chunk * seq`` logits are in memory.

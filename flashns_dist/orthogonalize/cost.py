@@ -64,6 +64,15 @@ def choose_method(
     the shape alone, so that the choice depends neither on the batch nor on the machine. ``"gram"``
     is not among them: its largest singular values reach 1.41 in float16 (and 4 in bfloat16, where
     it is left out with coefficients too).
+
+    Args:
+        n: Rows.
+        m: Columns.
+        coefficients: As in ``orthogonalize``.
+        dtype: Of the iteration.
+
+    Raises:
+        ValueError: If the coefficients are unknown.
     """
     if coefficients is None:
         if min(n, m) >= FAST_ROWS:

@@ -33,6 +33,10 @@ def orthogonalize(
     result for a matrix is bitwise the same whatever else is in its batch. Under torch.compile all
     of it is one custom operator, which runs as it does outside.
 
+    Sources: Polar Express (arXiv 2505.16932) for the steps of ``"standard"`` and ``"gram"``,
+    gram-newton-schulz (Zhang et al. 2026) for the latter's recurrence, Turbo-Muon (arXiv
+    2512.04632) for AOL; ``docs/numerics.md`` for the others.
+
     Args:
         x: ``(..., n, m)``, tall or wide, float16, bfloat16, float32 or float64, any strides and any
             finite scale (bfloat16 in a half-precision ``"fast"``: Frobenius norms of 1e-35 to

@@ -141,7 +141,7 @@ def polar_express(
     degrees: tuple[int, ...] | None = None,
     normalization: str = "frobenius",
 ) -> Coefficients:
-    """Polar Express coefficients for any smallest singular value and number of steps.
+    """Coefficients of Polar Express (arXiv 2505.16932) for any smallest singular value and steps.
 
     Args:
         lower_bound: Smallest normalized singular value to lift, in ``(0, 1)``.

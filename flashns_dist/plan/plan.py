@@ -34,6 +34,7 @@ class Matrix:
 
     @property
     def work_shape(self) -> tuple[int, int]:
+        """Rows and columns of what travels and is orthogonalized."""
         return self.work or self.block.shape
 
     @property

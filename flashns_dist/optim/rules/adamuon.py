@@ -22,10 +22,11 @@ _BITS = 30  # of a square, relative to the largest that there can be
 class AdaMuon(Muon):
     """AdaMuon (arXiv 2507.11005), with norms of whole matrices whatever their sharding.
 
-    ``O = polar(sign(m))``, ``v <- beta2 v + (1 - beta2) O^2``, ``O' = O / (sqrt(v) + eps)``, scaled
-    to the Frobenius norm ``sqrt(min(rows, cols))``; the paper's root mean square of 0.2 is
-    ``adjust_lr_fn="match_rms_adamw"``. The second moment is sharded as the parameter is. Sums of
-    squares are of integers, so that their order does not matter.
+    With Muon's ``d``, ``O = polar(sign(d))``, ``v <- beta2 v + (1 - beta2) O^2``,
+    ``O' = O / (sqrt(v) + eps)``, scaled to the Frobenius norm ``sqrt(min(rows, cols))``; the
+    paper's root mean square of 0.2 is ``adjust_lr_fn="match_rms_adamw"``. The second moment is
+    sharded as the parameter is. Sums of squares are of integers, so that their order does not
+    matter.
     """
 
     name = "adamuon"
