@@ -256,7 +256,11 @@ class FlashNS(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, on the same number of ranks."""
         completed = completed_state_dict(state_dict, self.param_groups)
+        groups = self.param_groups
         super().load_state_dict(completed)
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.update(loaded)
+        self.param_groups = groups  # a scheduler that the user has attached changes these
         restore_dtypes(self, completed)
         for group in self.param_groups:
             for storage in group["params"]:

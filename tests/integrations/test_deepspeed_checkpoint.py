@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flashns_dist.optim import FlashMuon, parameter_groups
 from flashns_dist.testing.pool import RankPool
 from tests.integrations.deepspeed_training import (
     can_accumulate,
@@ -90,6 +91,36 @@ def test_a_loaded_checkpoint_continues_with_the_same_losses(
     ranks: RankPool, tmp_path: Path
 ) -> None:
     ranks.run(2, continue_training, str(tmp_path), timeout=240)
+
+
+def continue_a_schedule(folder: str) -> None:
+    data = make("transformer")[1]
+    with deepspeed_ready() as deepspeed:
+
+        def start_scheduled(seed: int, stage: int) -> Any:
+            module = make("transformer", seed)[0]
+            optimizer = FlashMuon(parameter_groups(module), lr=0.05, aux_lr=0.01)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            settings = config(stage, dist.get_world_size(), optimizer={})
+            return deepspeed.initialize(
+                model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            )[0]
+
+        for stage in (0, 1, 2, 3):
+            engine = start_scheduled(0, stage)
+            train(engine, data, range(2))
+            engine.save_checkpoint(f"{folder}/{stage}", tag="saved")
+            losses, _ = train(engine, data, range(2, 5))
+            again = start_scheduled(7, stage)
+            again.load_checkpoint(f"{folder}/{stage}", tag="saved")
+            assert train(again, data, range(2, 5))[0] == losses, f"stage {stage}"
+            assert again.get_lr() == engine.get_lr() == pytest.approx([0.05 / 6, 0.01 / 6])
+            engine.destroy()
+            again.destroy()
+
+
+def test_a_users_scheduler_still_schedules_after_loading(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, continue_a_schedule, str(tmp_path))
 
 
 UNIVERSAL = {
