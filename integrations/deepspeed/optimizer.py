@@ -228,15 +228,21 @@ class FlashNS(Optimizer):
         if len(self.param_groups) == len(self._kept):
             wrong = [g for g in live if g.get("group_id") != order[id(g)]]
             for group in wrong:
+                lrs = group.get("lrs")
+                if lrs and group["lr"] == lrs[group["group_id"]]:  # else a scheduler has set it
+                    group["lr"] = lrs[order[id(group)]]
                 group.update(self._kept[order[id(group)]])
 
     def state_dict(self) -> dict[str, Any]:
         """As every torch optimizer's, with integer steps.
 
         ``ds_to_universal`` expects an ``exp_avg_sq`` of everything: matrices show zeros, which take
-        no memory.
+        no memory. Each group has the learning rates of all, because ZeRO 3's universal load reads
+        one group only.
         """
         plain = plain_state_dict(super().state_dict())
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        groups = [{**group, "lrs": lrs} for group in plain["param_groups"]]
         flat = {id(p.storage) for p in self._partitions if p.is_flat}
         keys: dict[int, Tensor] = {}
         position = 0
@@ -251,7 +257,7 @@ class FlashNS(Optimizer):
                 zeros = torch.zeros(1, dtype=entry["exp_avg"].dtype)
                 entry.setdefault("exp_avg_sq", zeros.expand(entry["exp_avg"].shape))
             state[key] = entry
-        return {**plain, "state": state}
+        return {**plain, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, on the same number of ranks."""
