@@ -31,7 +31,7 @@ def groups_from_config(
         model_parameters: Parameters, (name, parameter) pairs or groups; a group's hyper-parameters
             hold for its matrices and its auxiliary parameters, except that its ``lr`` is that of
             its matrices (the auxiliary ones keep their ratio).
-        settings: From the config.
+        settings: From the config. What its overrides freeze no longer requires a gradient.
 
     Returns:
         One group per given group and update rule, matrices first, and the names by ``id``.
@@ -49,9 +49,12 @@ def groups_from_config(
         id(d.param): matrix_rule if d.update_rule == "muon" else d.update_rule for d in decisions
     }
     names = {id(d.param): d.name for d in decisions}
+    for decision in decisions:
+        if decision.update_rule == "frozen":  # else stage 0 alone clips by its gradient too
+            decision.param.requires_grad_(False)
     by_rule: dict[str, list[dict[str, Any]]] = {rule: [] for rule in RULES}
     for given in _as_groups(model_parameters):
-        chosen: dict[str, list[Tensor]] = {rule: [] for rule in (*RULES, "frozen")}
+        chosen: dict[str, list[Tensor]] = {rule: [] for rule in RULES}
         for param in given["params"]:
             if param.requires_grad:
                 _check_known(param, rules)

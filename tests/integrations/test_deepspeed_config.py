@@ -215,6 +215,38 @@ def test_groups_keep_their_settings_and_overrides_decide(ranks: RankPool) -> Non
     ranks.run(1, settings_of_groups)
 
 
+def train_with_frozen_parameters() -> list[float]:
+    """Clipped, in every stage: a frozen parameter is no part of the norm."""
+    overrides = {"embed.*": "frozen", "blocks.0.up.*": "frozen"}
+    module, data = make("transformer")
+    for name, param in module.named_parameters():
+        param.requires_grad_(not name.startswith(("embed", "blocks.0.up")))
+    optimizer = flash_muon(parameter_groups(module))
+    for step in range(STEPS):
+        module.zero_grad()
+        module(*data(module, step)).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.25)
+        optimizer.step()
+    expected = {name: p.detach() for name, p in module.named_parameters()}
+    found = []
+    with deepspeed_ready() as deepspeed:
+        for stage in (0, 1, 2, 3):
+            params = {**PARAMS, "overrides": overrides}
+            settings = config(
+                stage, 1, clip=0.25, optimizer={"type": "FlashMuon", "params": params}
+            )
+            engine = start(deepspeed, settings, model=make("transformer")[0])
+            found.append(
+                relative_difference(weights_after_training(engine, "transformer"), expected)
+            )
+    return found
+
+
+def test_frozen_parameters_do_not_count_in_clipping(ranks: RankPool) -> None:
+    for stage, difference in enumerate(ranks.run(1, train_with_frozen_parameters)[0]):
+        assert difference < 10 * rounding_error("transformer", 0.25), f"stage {stage}"
+
+
 def follow_a_scheduler() -> None:
     """DeepSpeed's WarmupLR writes one learning rate into all groups."""
     with deepspeed_ready() as deepspeed:
