@@ -37,7 +37,8 @@ def groups_from_config(
         One group per given group and update rule, matrices first, and the names by ``id``.
 
     Raises:
-        ValueError: A parameter does not belong to the model.
+        ValueError: A parameter does not belong to the model, or a group has a setting that only
+            the config may have.
     """
     sorted_groups = parameter_groups(
         model, overrides=settings.overrides, matrix_views=settings.matrix_views
@@ -118,6 +119,12 @@ def _completed(rule: str, extra: dict[str, Any], settings: Settings) -> dict[str
     group = dict(template.param_groups[0])
     group.pop("params")
     group.pop("param_names", None)
+    for key in sorted(others.keys() & group.keys()):
+        raise ValueError(
+            f"a group of model_parameters has {key}={others[key]!r}, which FlashMuon reads from "
+            'optimizer.params alone (an update rule from its "overrides"). Write it there, or pass '
+            "FlashMuon(groups) to deepspeed.initialize as optimizer."
+        )
     base = template.defaults["lr"]
     if not base:
         raise ValueError(

@@ -209,6 +209,9 @@ def settings_of_groups() -> None:
         strangers = [nn.Parameter(torch.zeros(3, 3))]
         with pytest.raises(ValueError, match="not one of the model's named parameters"):
             start(deepspeed, config(1, 1), model_parameters=strangers)
+        sorted_otherwise = parameter_groups(module, overrides={"blocks.1.up.*": "adamw"})
+        with pytest.raises(ValueError, match=r"has update_rule='adamw', which .*\"overrides\""):
+            start(deepspeed, config(1, 1), model=module, model_parameters=sorted_otherwise)
 
 
 def test_groups_keep_their_settings_and_overrides_decide(ranks: RankPool) -> None:
