@@ -81,7 +81,8 @@ def groups_from_optimizer(
     """The groups of a FlashMuon that the user made, the very same dicts, and names by ``id``.
 
     Raises:
-        ValueError: The optimizer has state already, or holds parameters of another model.
+        ValueError: The optimizer has state already, holds parameters of another model, or has a
+            learning rate of 0 and no scheduler.
     """
     names = {id(param): name for name, param in model.named_parameters()}
     for state in optimizer.state.values():
@@ -95,6 +96,8 @@ def groups_from_optimizer(
         (g["lr"] for g in optimizer.param_groups if g["update_rule"] in MATRIX_RULES),
         optimizer.param_groups[0]["lr"],
     )
+    if not scheduled:
+        _check_peak("FlashMuon's lr", base)
     for group in optimizer.param_groups:
         check_states(group)
         group.pop("param_names", None)
@@ -102,8 +105,8 @@ def groups_from_optimizer(
             _check_known(param, names)
         group["params"] = [param for param in group["params"] if param.requires_grad]
         # A scheduler that the user has attached knows each group's own lr; others may not.
-        group["lr_ratio"] = 1.0 if scheduled or not base else group["lr"] / base
-        if not scheduled and base:
+        group["lr_ratio"] = 1.0 if scheduled else group["lr"] / base
+        if not scheduled:
             group["lr"] = base
     return [group for group in optimizer.param_groups if group["params"]], names
 
@@ -126,16 +129,20 @@ def _completed(rule: str, extra: dict[str, Any], settings: Settings) -> dict[str
             "FlashMuon(groups) to deepspeed.initialize as optimizer."
         )
     base = template.defaults["lr"]
-    if not base:
-        raise ValueError(
-            "optimizer.params.lr=0: FlashMuon keeps aux_lr as a ratio to lr, so that schedulers "
-            "that give all groups one learning rate are right. Write the peak learning rate; the "
-            "scheduler sets the rest."
-        )
+    _check_peak("optimizer.params.lr", base)
     group["lr_ratio"] = group["lr"] / base
     group["lr"] = base if lr is None else float(lr)
     check_states(group)
     return {**others, **group}
+
+
+def _check_peak(name: str, lr: float) -> None:
+    if not lr:
+        raise ValueError(
+            f"{name}=0: FlashMuon keeps aux_lr as a ratio to lr, so that schedulers "
+            "that give all groups one learning rate are right. Write the peak learning rate; the "
+            "scheduler sets the rest."
+        )
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

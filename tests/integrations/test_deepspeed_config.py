@@ -286,6 +286,25 @@ def test_the_auxiliary_learning_rate_follows_deepspeeds_schedulers(ranks: RankPo
     ranks.run(1, follow_a_scheduler)
 
 
+def start_from_zero() -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.05}}
+    with deepspeed_ready() as deepspeed:
+        for optimizer in (None, {}):
+            settings = config(1, 1, optimizer=optimizer, scheduler=scheduler)
+            module = make("few")[0]
+            given: dict[str, Any] = {}
+            if optimizer is None:
+                settings["optimizer"]["params"]["lr"] = 0
+            else:
+                given["optimizer"] = FlashMuon(parameter_groups(module), lr=0, aux_lr=0.01)
+            with pytest.raises(ValueError, match="lr=0: FlashMuon keeps aux_lr as a ratio"):
+                start(deepspeed, settings, model=module, **given)
+
+
+def test_a_learning_rate_of_zero_is_refused(ranks: RankPool) -> None:
+    ranks.run(1, start_from_zero)
+
+
 def partition_while_constructing() -> list[float]:
     found = []
 
