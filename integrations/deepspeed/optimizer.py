@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from flashns_dist.optim import BoundParameter, ExchangeOptions, FlashMuon
 from flashns_dist.optim.flash_muon import init_state
+from flashns_dist.optim.overlap import check_overlap
 from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
 
@@ -73,7 +74,17 @@ class FlashNS(Optimizer):
     def from_flash_muon(
         cls, optimizer: FlashMuon, groups: list[dict[str, Any]], names: Mapping[int, str]
     ) -> FlashNS:
-        """Take over a FlashMuon that the user made; its groups stay the same dicts."""
+        """Take over a FlashMuon that the user made; its groups stay the same dicts.
+
+        Raises:
+            ValueError: It asks for what does not work under an adapter.
+        """
+        if optimizer.cuda_graph:
+            raise ValueError(
+                "cuda_graph=True is not for DeepSpeed, which calls a step per partition; leave it "
+                "out"
+            )
+        check_overlap(optimizer.exchange_options, has_adapter=True)
         optimizer.state.clear()
         made = cls(
             groups, names, nonfinite=optimizer.nonfinite, exchange=optimizer.exchange_options

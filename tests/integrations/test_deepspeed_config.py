@@ -413,6 +413,22 @@ def test_offload_with_an_object_says_how_to_allow_it(ranks: RankPool) -> None:
     ranks.run(1, refuse_offload_of_an_object)
 
 
+def refuse_arguments_of_an_object() -> None:
+    overlapped = ExchangeOptions(overlap_backward=True)
+    with deepspeed_ready() as deepspeed:
+        for name, value in (("cuda_graph", True), ("exchange", overlapped)):
+            module = make("few")[0]
+            given = FlashMuon(parameter_groups(module), **{name: value})
+            with pytest.raises(
+                ValueError, match=r"cuda_graph=True is not|overlap_backward=True is"
+            ):
+                start(deepspeed, config(1, 1, optimizer={}), model=module, optimizer=given)
+
+
+def test_an_objects_arguments_that_would_be_ignored_are_refused(ranks: RankPool) -> None:
+    ranks.run(1, refuse_arguments_of_an_object)
+
+
 def refuse_moe_and_pipelines() -> None:
     with deepspeed_ready() as deepspeed:
         from deepspeed.moe.layer import MoE
