@@ -36,7 +36,8 @@ class DeepSpeedEngine:
         num_parts: Parts of a batch, one by one.
 
     Raises:
-        ValueError: There is no process group, or the optimizer is not one for DeepSpeed.
+        ValueError: There is no process group, the config has a scheduler, or the optimizer is not
+            one for DeepSpeed.
     """
 
     def __init__(
@@ -58,6 +59,11 @@ class DeepSpeedEngine:
             )
         deepspeed = _deepspeed(world)
         settings = json.loads(config.read_text()) if config is not None else _default()
+        if "scheduler" in settings:
+            raise ValueError(
+                "--deepspeed-config: it has a scheduler, and train.py sets the learning rates of "
+                "every step itself. Leave it out and use --warmup and --cooldown."
+            )
         settings.setdefault("optimizer", _optimizer(optimizer))
         settings.setdefault("gradient_clipping", clip)
         if dtype == torch.bfloat16 and not {"bf16", "fp16", "torch_autocast"} & settings.keys():

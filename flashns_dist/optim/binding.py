@@ -138,6 +138,11 @@ def bind_parameter(
     )
 
 
+def full_shape(param: Tensor) -> tuple[int, ...]:
+    """Global shape; DeepSpeed's zero.Init empties a parameter and keeps its shape in ds_shape."""
+    return tuple(int(size) for size in getattr(param, "ds_shape", param.shape))
+
+
 def parameter_blocks(
     name: str, shape: Sequence[int], group: Mapping[str, Any]
 ) -> tuple[Block, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flashns_dist.layout import Equal, Flattened, MatrixView, view_blocks
+from flashns_dist.optim.binding import full_shape
 from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|pos_emb\w*|tok_emb\w*)($|[._])")
@@ -50,7 +51,7 @@ class ParameterGroups(list[dict[str, Any]]):
         for d in self.decisions:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", d.name)
             reason = d.reason if d.view is None else f"{d.reason}: {d.view}"
-            key = (d.update_rule, pattern, reason, _full_shape(d.param))
+            key = (d.update_rule, pattern, reason, full_shape(d.param))
             rows[key] = rows.get(key, 0) + 1
         cells = [("update rule", "parameters", "count", "shape", "numel", "reason")]
         for (rule, pattern, reason, shape), count in sorted(rows.items(), key=lambda r: r[0][0]):
@@ -176,7 +177,7 @@ def _decide(
             if rule in AUXILIARY_RULES or rule == "frozen":
                 view = None
             elif view is not None:
-                view_blocks(name, _full_shape(param), view)
+                view_blocks(name, full_shape(param), view)
             elif declared is None and _FUSED.search(_full_name(module_name, local_name)):
                 reason += ", fused by its name: see matrix_views"
             decisions.append(Decision(name, param, rule, reason, view))
@@ -200,11 +201,6 @@ def _full_name(module_name: str, local_name: str) -> str:
     return f"{module_name}.{local_name}" if local_name != "weight" else module_name
 
 
-def _full_shape(param: Tensor) -> tuple[int, ...]:
-    """Global shape; DeepSpeed's zero.Init empties a parameter and keeps its shape in ds_shape."""
-    return tuple(int(size) for size in getattr(param, "ds_shape", param.shape))
-
-
 def _classify(
     module_name: str,
     module: nn.Module,
@@ -214,7 +210,7 @@ def _classify(
     vocabularies: set[int],
 ) -> tuple[str, str]:
     """(update rule, reason) of one parameter."""
-    shape = _full_shape(param)
+    shape = full_shape(param)
     if id(param) in embedded:
         return "adamw", "embedding"
     if len(shape) < 2:

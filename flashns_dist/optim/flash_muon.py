@@ -21,6 +21,7 @@ from flashns_dist.optim.binding import (
     BoundParameter,
     bind_parameter,
     check_view_names,
+    full_shape,
     parameter_blocks,
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
@@ -187,7 +188,7 @@ class FlashMuon(Optimizer):
             del self.param_groups[before:]
             raise
         for name, param in self._named(before):
-            blocks = parameter_blocks(name, param.shape, added)
+            blocks = parameter_blocks(name, full_shape(param), added)
             self.state[param].update(init_state(param, added, blocks))
         self._unbind()
 

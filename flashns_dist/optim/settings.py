@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.layout import Block, leading_blocks
-from flashns_dist.optim.binding import BoundParameter, group_view, parameter_blocks
+from flashns_dist.optim.binding import BoundParameter, full_shape, group_view, parameter_blocks
 from flashns_dist.optim.learning_rate import check_adjust_lr
 from flashns_dist.optim.rules import MATRIX_RULES, RULES, MatrixRule
 from flashns_dist.optim.rules.muon import orthogonalize_batch, resolve_ns_coefficients
@@ -94,11 +94,12 @@ def check_parameter(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: stochastic rounding is for bf16, not {param.dtype}")
     if not is_matrix_rule(group):
         return
+    shape = full_shape(param)
     if group_view(name, group) is not None:
-        parameter_blocks(name, param.shape, group)
-    elif not 2 <= param.ndim <= 3:
+        parameter_blocks(name, shape, group)
+    elif not 2 <= len(shape) <= 3:
         raise ValueError(
-            f"{name}: shape {tuple(param.shape)} is not a matrix or a stack of matrices; put it "
+            f"{name}: shape {shape} is not a matrix or a stack of matrices; put it "
             'into a group with update_rule="adamw" (parameter_groups does), or give the group a '
             "matrix_view (Flattened() for convolutions)"
         )

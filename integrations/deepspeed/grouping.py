@@ -31,13 +31,14 @@ def groups_from_config(
         model_parameters: Parameters, (name, parameter) pairs or groups; a group's hyper-parameters
             hold for its matrices and its auxiliary parameters, except that its ``lr`` is that of
             its matrices (the auxiliary ones keep their ratio).
-        settings: From the config.
+        settings: From the config. What its overrides freeze no longer requires a gradient.
 
     Returns:
         One group per given group and update rule, matrices first, and the names by ``id``.
 
     Raises:
-        ValueError: A parameter does not belong to the model.
+        ValueError: A parameter does not belong to the model, or a group has a setting that only
+            the config may have.
     """
     sorted_groups = parameter_groups(
         model, overrides=settings.overrides, matrix_views=settings.matrix_views
@@ -49,9 +50,12 @@ def groups_from_config(
         id(d.param): matrix_rule if d.update_rule == "muon" else d.update_rule for d in decisions
     }
     names = {id(d.param): d.name for d in decisions}
+    for decision in decisions:
+        if decision.update_rule == "frozen":  # else stage 0 alone clips by its gradient too
+            decision.param.requires_grad_(False)
     by_rule: dict[str, list[dict[str, Any]]] = {rule: [] for rule in RULES}
     for given in _as_groups(model_parameters):
-        chosen: dict[str, list[Tensor]] = {rule: [] for rule in (*RULES, "frozen")}
+        chosen: dict[str, list[Tensor]] = {rule: [] for rule in RULES}
         for param in given["params"]:
             if param.requires_grad:
                 _check_known(param, rules)
@@ -77,7 +81,8 @@ def groups_from_optimizer(
     """The groups of a FlashMuon that the user made, the very same dicts, and names by ``id``.
 
     Raises:
-        ValueError: The optimizer has state already, or holds parameters of another model.
+        ValueError: The optimizer has state already, holds parameters of another model, or has a
+            learning rate of 0 and no scheduler.
     """
     names = {id(param): name for name, param in model.named_parameters()}
     for state in optimizer.state.values():
@@ -91,6 +96,8 @@ def groups_from_optimizer(
         (g["lr"] for g in optimizer.param_groups if g["update_rule"] in MATRIX_RULES),
         optimizer.param_groups[0]["lr"],
     )
+    if not scheduled:
+        _check_peak("FlashMuon's lr", base)
     for group in optimizer.param_groups:
         check_states(group)
         group.pop("param_names", None)
@@ -98,8 +105,8 @@ def groups_from_optimizer(
             _check_known(param, names)
         group["params"] = [param for param in group["params"] if param.requires_grad]
         # A scheduler that the user has attached knows each group's own lr; others may not.
-        group["lr_ratio"] = 1.0 if scheduled or not base else group["lr"] / base
-        if not scheduled and base:
+        group["lr_ratio"] = 1.0 if scheduled else group["lr"] / base
+        if not scheduled:
             group["lr"] = base
     return [group for group in optimizer.param_groups if group["params"]], names
 
@@ -115,17 +122,27 @@ def _completed(rule: str, extra: dict[str, Any], settings: Settings) -> dict[str
     group = dict(template.param_groups[0])
     group.pop("params")
     group.pop("param_names", None)
-    base = template.defaults["lr"]
-    if not base:
+    for key in sorted(others.keys() & group.keys()):
         raise ValueError(
-            "optimizer.params.lr=0: FlashMuon keeps aux_lr as a ratio to lr, so that schedulers "
-            "that give all groups one learning rate are right. Write the peak learning rate; the "
-            "scheduler sets the rest."
+            f"a group of model_parameters has {key}={others[key]!r}, which FlashMuon reads from "
+            'optimizer.params alone (an update rule from its "overrides"). Write it there, or pass '
+            "FlashMuon(groups) to deepspeed.initialize as optimizer."
         )
+    base = template.defaults["lr"]
+    _check_peak("optimizer.params.lr", base)
     group["lr_ratio"] = group["lr"] / base
     group["lr"] = base if lr is None else float(lr)
     check_states(group)
     return {**others, **group}
+
+
+def _check_peak(name: str, lr: float) -> None:
+    if not lr:
+        raise ValueError(
+            f"{name}=0: FlashMuon keeps aux_lr as a ratio to lr, so that schedulers "
+            "that give all groups one learning rate are right. Write the peak learning rate; the "
+            "scheduler sets the rest."
+        )
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

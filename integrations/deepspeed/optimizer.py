@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from flashns_dist.optim import BoundParameter, ExchangeOptions, FlashMuon
 from flashns_dist.optim.flash_muon import init_state
+from flashns_dist.optim.overlap import check_overlap
 from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
 
@@ -73,7 +74,17 @@ class FlashNS(Optimizer):
     def from_flash_muon(
         cls, optimizer: FlashMuon, groups: list[dict[str, Any]], names: Mapping[int, str]
     ) -> FlashNS:
-        """Take over a FlashMuon that the user made; its groups stay the same dicts."""
+        """Take over a FlashMuon that the user made; its groups stay the same dicts.
+
+        Raises:
+            ValueError: It asks for what does not work under an adapter.
+        """
+        if optimizer.cuda_graph:
+            raise ValueError(
+                "cuda_graph=True is not for DeepSpeed, which calls a step per partition; leave it "
+                "out"
+            )
+        check_overlap(optimizer.exchange_options, has_adapter=True)
         optimizer.state.clear()
         made = cls(
             groups, names, nonfinite=optimizer.nonfinite, exchange=optimizer.exchange_options
@@ -228,15 +239,21 @@ class FlashNS(Optimizer):
         if len(self.param_groups) == len(self._kept):
             wrong = [g for g in live if g.get("group_id") != order[id(g)]]
             for group in wrong:
+                lrs = group.get("lrs")
+                if lrs and group["lr"] == lrs[group["group_id"]]:  # else a scheduler has set it
+                    group["lr"] = lrs[order[id(group)]]
                 group.update(self._kept[order[id(group)]])
 
     def state_dict(self) -> dict[str, Any]:
         """As every torch optimizer's, with integer steps.
 
         ``ds_to_universal`` expects an ``exp_avg_sq`` of everything: matrices show zeros, which take
-        no memory.
+        no memory. Each group has the learning rates of all, because ZeRO 3's universal load reads
+        one group only.
         """
         plain = plain_state_dict(super().state_dict())
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        groups = [{**group, "lrs": lrs} for group in plain["param_groups"]]
         flat = {id(p.storage) for p in self._partitions if p.is_flat}
         keys: dict[int, Tensor] = {}
         position = 0
@@ -251,12 +268,16 @@ class FlashNS(Optimizer):
                 zeros = torch.zeros(1, dtype=entry["exp_avg"].dtype)
                 entry.setdefault("exp_avg_sq", zeros.expand(entry["exp_avg"].shape))
             state[key] = entry
-        return {**plain, "state": state}
+        return {**plain, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, on the same number of ranks."""
         completed = completed_state_dict(state_dict, self.param_groups)
+        groups = self.param_groups
         super().load_state_dict(completed)
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.update(loaded)
+        self.param_groups = groups  # a scheduler that the user has attached changes these
         restore_dtypes(self, completed)
         for group in self.param_groups:
             for storage in group["params"]:

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from flashns_dist.layout import Equal, Sections
+from flashns_dist.optim import ExchangeOptions, FlashMuon, parameter_groups
 from flashns_dist.testing.pool import RankPool
 from tests.integrations.deepspeed_training import (
+    BATCH,
+    PARAMS,
     STEPS,
     can_accumulate,
     config,
@@ -231,3 +235,70 @@ def test_a_transformer_trains_as_in_one_process(ranks: RankPool, world_size: int
     results = ranks.run(world_size, compare_transformer, cases)[0]
     for case, (_, difference, unit) in zip(cases, results, strict=True):
         assert difference < 10 * unit, f"{case}: {difference:.1e}, rounding makes {unit:.1e}"
+
+
+class Branches(nn.Module):
+    """Uses one of two matrices, by turns; a third never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(9, 7, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return self.layers[int(chosen[0])](x).square().mean()
+
+
+def branches() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+
+    def data(model: nn.Module, step: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return [torch.randn(BATCH, 9, generator=generator), torch.full((BATCH,), step % 2)]
+
+    return Branches(), data
+
+
+def train_branches(*, repeated: bool) -> dict[str, Tensor]:
+    """In one process, with zero or its last gradient for what has none."""
+    module, data = branches()
+    arguments = {key: value for key, value in PARAMS.items() if key != "wire_dtype"}
+    exchange = ExchangeOptions(wire_dtype=torch.float32, replica_group=None)
+    optimizer = FlashMuon(parameter_groups(module), **arguments, exchange=exchange)
+    last = [torch.zeros_like(param) for param in module.parameters()]
+    for step in range(4):
+        module.zero_grad()
+        module(*data(module, step)).backward()
+        for index, param in enumerate(module.parameters()):
+            if param.grad is None:
+                param.grad = last[index].clone()
+            if repeated:
+                last[index] = param.grad.clone()
+        optimizer.step()
+    return {name: param.detach() for name, param in module.named_parameters()}
+
+
+def compare_branches() -> list[tuple[float, float]]:
+    zeros, repeated = train_branches(repeated=False), train_branches(repeated=True)
+    found = []
+    with deepspeed_ready() as deepspeed:
+        for stage in (0, 1, 2, 3):
+            module, data = branches()
+            engine, *_ = deepspeed.initialize(
+                model=module, model_parameters=module.parameters(), config=config(stage, _size())
+            )
+            train(engine, data, range(4))
+            weights = full_weights(engine)
+            found.append(
+                (relative_difference(weights, zeros), relative_difference(weights, repeated))
+            )
+            engine.destroy()
+    return found
+
+
+def test_a_parameter_without_a_gradient_counts_as_the_docs_say(ranks: RankPool) -> None:
+    *others, three = ranks.run(2, compare_branches)[0]
+    for stage, (as_zero, _) in enumerate(others):
+        assert as_zero < 1e-5, f"stage {stage}"
+    assert min(three) < 1e-5
+    if three[0] < 1e-5:
+        pytest.fail("ZeRO 3 hands over zeros now: say so in docs/deepspeed.md")

@@ -209,10 +209,45 @@ def settings_of_groups() -> None:
         strangers = [nn.Parameter(torch.zeros(3, 3))]
         with pytest.raises(ValueError, match="not one of the model's named parameters"):
             start(deepspeed, config(1, 1), model_parameters=strangers)
+        sorted_otherwise = parameter_groups(module, overrides={"blocks.1.up.*": "adamw"})
+        with pytest.raises(ValueError, match=r"has update_rule='adamw', which .*\"overrides\""):
+            start(deepspeed, config(1, 1), model=module, model_parameters=sorted_otherwise)
 
 
 def test_groups_keep_their_settings_and_overrides_decide(ranks: RankPool) -> None:
     ranks.run(1, settings_of_groups)
+
+
+def train_with_frozen_parameters() -> list[float]:
+    """Clipped, in every stage: a frozen parameter is no part of the norm."""
+    overrides = {"embed.*": "frozen", "blocks.0.up.*": "frozen"}
+    module, data = make("transformer")
+    for name, param in module.named_parameters():
+        param.requires_grad_(not name.startswith(("embed", "blocks.0.up")))
+    optimizer = flash_muon(parameter_groups(module))
+    for step in range(STEPS):
+        module.zero_grad()
+        module(*data(module, step)).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.25)
+        optimizer.step()
+    expected = {name: p.detach() for name, p in module.named_parameters()}
+    found = []
+    with deepspeed_ready() as deepspeed:
+        for stage in (0, 1, 2, 3):
+            params = {**PARAMS, "overrides": overrides}
+            settings = config(
+                stage, 1, clip=0.25, optimizer={"type": "FlashMuon", "params": params}
+            )
+            engine = start(deepspeed, settings, model=make("transformer")[0])
+            found.append(
+                relative_difference(weights_after_training(engine, "transformer"), expected)
+            )
+    return found
+
+
+def test_frozen_parameters_do_not_count_in_clipping(ranks: RankPool) -> None:
+    for stage, difference in enumerate(ranks.run(1, train_with_frozen_parameters)[0]):
+        assert difference < 10 * rounding_error("transformer", 0.25), f"stage {stage}"
 
 
 def follow_a_scheduler() -> None:
@@ -251,23 +286,50 @@ def test_the_auxiliary_learning_rate_follows_deepspeeds_schedulers(ranks: RankPo
     ranks.run(1, follow_a_scheduler)
 
 
-def partition_while_constructing() -> float:
+def start_from_zero() -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.05}}
     with deepspeed_ready() as deepspeed:
-        settings = config(3, 2)
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            module = make("transformer")[0]
-        plain = make("transformer")[0]
-        for param, value in zip(module.parameters(), plain.parameters(), strict=True):
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-                param.data.copy_(value.data)
-        engine = start(deepspeed, settings, model=module)
-        weights = weights_after_training(engine, "transformer")
-        return relative_difference(weights, reference("transformer")["weights"])
+        for optimizer in (None, {}):
+            settings = config(1, 1, optimizer=optimizer, scheduler=scheduler)
+            module = make("few")[0]
+            given: dict[str, Any] = {}
+            if optimizer is None:
+                settings["optimizer"]["params"]["lr"] = 0
+            else:
+                given["optimizer"] = FlashMuon(parameter_groups(module), lr=0, aux_lr=0.01)
+            with pytest.raises(ValueError, match="lr=0: FlashMuon keeps aux_lr as a ratio"):
+                start(deepspeed, settings, model=module, **given)
+
+
+def test_a_learning_rate_of_zero_is_refused(ranks: RankPool) -> None:
+    ranks.run(1, start_from_zero)
+
+
+def partition_while_constructing() -> list[float]:
+    found = []
+
+    def given_object(module: nn.Module) -> dict[str, Any]:
+        return {"optimizer": flash_muon(parameter_groups(module))}
+
+    ways: list[Callable[[nn.Module], dict[str, Any]]] = [lambda module: {}, given_object]
+    with deepspeed_ready() as deepspeed:
+        for way in ways:
+            settings = config(3, 2)
+            with deepspeed.zero.Init(config_dict_or_path=settings):
+                module = make("transformer")[0]
+            plain = make("transformer")[0]
+            for param, value in zip(module.parameters(), plain.parameters(), strict=True):
+                with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                    param.data.copy_(value.data)
+            engine = start(deepspeed, settings, model=module, **way(module))
+            weights = weights_after_training(engine, "transformer")
+            found.append(relative_difference(weights, reference("transformer")["weights"]))
+    return found
 
 
 def test_a_model_made_under_zero_init_trains_alike(ranks: RankPool) -> None:
-    difference = ranks.run(2, partition_while_constructing)[0]
-    assert difference < 10 * rounding_error("transformer", 0.0)
+    for difference in ranks.run(2, partition_while_constructing)[0]:
+        assert difference < 10 * rounding_error("transformer", 0.0)
 
 
 # Refusals ---------------------------------------------------------------------------------------
@@ -349,6 +411,22 @@ def refuse_offload_of_an_object() -> None:
 
 def test_offload_with_an_object_says_how_to_allow_it(ranks: RankPool) -> None:
     ranks.run(1, refuse_offload_of_an_object)
+
+
+def refuse_arguments_of_an_object() -> None:
+    overlapped = ExchangeOptions(overlap_backward=True)
+    with deepspeed_ready() as deepspeed:
+        for name, value in (("cuda_graph", True), ("exchange", overlapped)):
+            module = make("few")[0]
+            given = FlashMuon(parameter_groups(module), **{name: value})
+            with pytest.raises(
+                ValueError, match=r"cuda_graph=True is not|overlap_backward=True is"
+            ):
+                start(deepspeed, config(1, 1, optimizer={}), model=module, optimizer=given)
+
+
+def test_an_objects_arguments_that_would_be_ignored_are_refused(ranks: RankPool) -> None:
+    ranks.run(1, refuse_arguments_of_an_object)
 
 
 def refuse_moe_and_pipelines() -> None:
