@@ -21,6 +21,7 @@ from torch import Tensor
 from flashns_dist.optim.rules import RULES
 from flashns_dist.optim.state import plain_state_dict
 
+from .internals import schedule_is_the_checkpoints
 from .support import check_sharding_type
 
 _IDENTITY = ("update_rule", "is_transposed", "wd_mult", "is_expert_parallel", "is_decoupled_lr")
@@ -205,7 +206,8 @@ def restored_groups(
 ) -> list[dict[str, Any]]:
     """The groups of this run with the learning rate and weight decay of a checkpoint.
 
-    Everything else that a group has stays as it is: it is this run's flags.
+    Everything else that a group has stays as it is: it is this run's flags. With
+    ``--use-checkpoint-opt_param-scheduler``, peak and lowest learning rate are the checkpoint's.
 
     Raises:
         ValueError: The checkpoint lacks a group.
@@ -213,6 +215,9 @@ def restored_groups(
     available: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for group in saved:
         available.setdefault(_identity(group), []).append(group)
+    kept = ["lr", "weight_decay"]
+    if schedule_is_the_checkpoints():
+        kept += ["max_lr", "min_lr"]
     restored = []
     for group in current:
         same = available.get(_identity(group), [])
@@ -224,7 +229,7 @@ def restored_groups(
                 "--flashmuon-overrides: resume with the same, or with --no-load-optim."
             )
         theirs = same.pop(0)
-        scheduled = {key: theirs[key] for key in ("lr", "weight_decay")}
+        scheduled = {key: theirs[key] for key in kept if key in theirs}
         others = {k: v for k, v in theirs.items() if k not in ("params", "step")}
         restored.append({**others, **group, **scheduled})
     return restored

@@ -155,6 +155,13 @@ def add_overrides(
     return result
 
 
+def schedule_is_the_checkpoints() -> bool:
+    """Whether megatron.training was told ``--use-checkpoint-opt_param-scheduler``."""
+    training = sys.modules.get("megatron.training.global_vars")
+    args = getattr(training, "_GLOBAL_ARGS", None)
+    return bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
+
+
 # What lies where ------------------------------------------------------------------------------
 
 
