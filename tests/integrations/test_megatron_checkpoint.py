@@ -30,6 +30,7 @@ FULL, BY_DATA = "fully_reshardable", "dp_reshardable"
 PLAIN = Case(gated=True)
 EXPERTS = Case(gated=True, experts=4)
 ADAMUON = Case(gated=True, settings={"update_rule": "adamuon", "aux_update_rule": "lion"})
+ONE_LAYER = Case(gated=True, settings={"overrides": {"*.0.mlp.linear_fc1.weight": "adamw"}})
 
 # name: sharding type, (ranks, case) that saves, (ranks, case) that resumes
 RESUMED = {
@@ -66,6 +67,12 @@ RESUMED = {
         None,
         (2, replace(ADAMUON, distributed=False)),
         (2, replace(ADAMUON, distributed=False, tp=2)),
+    ),
+    "another rule in one layer": (FULL, (2, ONE_LAYER), (2, replace(ONE_LAYER, tp=2))),
+    "another rule in one layer, replicated": (
+        None,
+        (2, replace(ONE_LAYER, distributed=False)),
+        (2, replace(ONE_LAYER, distributed=False, tp=2)),
     ),
 }
 
