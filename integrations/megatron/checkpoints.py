@@ -6,7 +6,7 @@ the momentum of a matrix goes by the first name, AdaMuon's second moment by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from flashns_dist.optim.rules import RULES
 from flashns_dist.optim.state import plain_state_dict
 
+from .internals import schedule_is_the_checkpoints
 from .support import check_sharding_type
 
 _IDENTITY = ("update_rule", "is_transposed", "wd_mult", "is_expert_parallel", "is_decoupled_lr")
@@ -31,9 +32,11 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     Attributes:
         flashmuon_rules: The update rule of each model parameter in the buffers.
+        flashmuon_kin: The rules of the same parameter in all layers.
     """
 
     flashmuon_rules: dict[Tensor, str]
+    flashmuon_kin: dict[Tensor, frozenset[str]]
 
     optimizer_state_keys = ("exp_avg", "exp_avg_sq")
 
@@ -94,12 +97,13 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         )
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's, without the zeros that stand for states that a rule does not have."""
+        """As Megatron's, without the zeros that stand for states that no layer has."""
         found = super().sharded_param_state_fully_reshardable(*args, **kwargs)
         if found is not None:
             order = [param for buffer in self.buffers for param in buffer.param_index_map]
             for index, param in enumerate(order):
-                for name in set(self.optimizer_state_keys) - set(self._names(param)):
+                count = max(len(RULES[rule].local_states) for rule in self.flashmuon_kin[param])
+                for name in self.optimizer_state_keys[count:]:
                     found[index].pop(name)
         return found
 
@@ -155,7 +159,12 @@ class _Replicated(MegatronOptimizer):  # type: ignore[misc]
 
     Of Megatron's class, so that an object of theirs can become one of ours (its layout in memory is
     the same).
+
+    Attributes:
+        flashmuon_lacking: By storage, names of states that other layers have and it has not.
     """
+
+    flashmuon_lacking: dict[Tensor, frozenset[str]]
 
     @staticmethod
     def _filter_and_reorder_param_groups(
@@ -163,10 +172,31 @@ class _Replicated(MegatronOptimizer):  # type: ignore[misc]
     ) -> list[dict[str, Any]]:
         return _reordered(current_groups, state_dict_groups)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Megatron's, with zeros for states that other layers have: it stacks them."""
+        found: dict[str, Any] = super().state_dict(*args, **kwargs)
+        state = found.get("optimizer", found)["state"]
+        for index, storage, names in self._lacking():
+            zeros = {name: torch.zeros_like(storage, dtype=torch.float32) for name in names}
+            state[index] = {**state[index], **zeros}
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Megatron's."""
+        """As Megatron's, without the zeros."""
+        state = state_dict.get("optimizer", state_dict)["state"]
+        for index, _, names in self._lacking():
+            state[index] = {k: v for k, v in state[index].items() if k not in names}
         super().load_state_dict(state_dict)
         _add_counts(self.optimizer)
+
+    def _lacking(self) -> list[tuple[int, Tensor, frozenset[str]]]:
+        """Numbers in state dicts, storages, and states that they lack."""
+        storages = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [
+            (index, storage, self.flashmuon_lacking[storage])
+            for index, storage in enumerate(storages)
+            if storage in self.flashmuon_lacking
+        ]
 
 
 class FlashMuonFloat16Optimizer(_Replicated, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
@@ -183,6 +213,11 @@ CLASSES = {
     FP32Optimizer: FlashMuonFP32Optimizer,
 }
 """The class that each of Megatron's optimizers becomes."""
+
+
+def state_names_of(rules: Iterable[str]) -> frozenset[str]:
+    """Names of the states that parameters of these rules have, cut as the parameters are."""
+    return frozenset(name for rule in rules for name in RULES[rule].local_states)
 
 
 def _reordered(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,7 +240,8 @@ def restored_groups(
 ) -> list[dict[str, Any]]:
     """The groups of this run with the learning rate and weight decay of a checkpoint.
 
-    Everything else that a group has stays as it is: it is this run's flags.
+    Everything else that a group has stays as it is: it is this run's flags. With
+    ``--use-checkpoint-opt_param-scheduler``, peak and lowest learning rate are the checkpoint's.
 
     Raises:
         ValueError: The checkpoint lacks a group.
@@ -213,6 +249,9 @@ def restored_groups(
     available: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for group in saved:
         available.setdefault(_identity(group), []).append(group)
+    kept = ["lr", "weight_decay"]
+    if schedule_is_the_checkpoints():
+        kept += ["max_lr", "min_lr"]
     restored = []
     for group in current:
         same = available.get(_identity(group), [])
@@ -224,7 +263,7 @@ def restored_groups(
                 "--flashmuon-overrides: resume with the same, or with --no-load-optim."
             )
         theirs = same.pop(0)
-        scheduled = {key: theirs[key] for key in ("lr", "weight_decay")}
+        scheduled = {key: theirs[key] for key in kept if key in theirs}
         others = {k: v for k, v in theirs.items() if k not in ("params", "step")}
         restored.append({**others, **group, **scheduled})
     return restored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -109,3 +110,26 @@ def _apply_overrides(
             f"--flashmuon-overrides {unused} match no trainable parameter on any rank. Names are "
             "as in the model, for example decoder.layers.0.mlp.linear_fc1.weight."
         )
+
+
+def rules_by_kin(
+    names: Mapping[Tensor, str], rules: Mapping[Tensor, str]
+) -> dict[Tensor, frozenset[str]]:
+    """For each parameter, the update rules of its kind of parameter in all layers.
+
+    Megatron's checkpoints stack the layers: a state that one of them has, all must have.
+
+    Collectives: an ``all_gather_object`` on the world.
+    """
+    kinds = {
+        param: re.sub(r"(^chunk|\.|weight)\d+(?=\.|$)", r"\1*", names[param]) for param in rules
+    }
+    here: dict[str, set[str]] = {}
+    for param, rule in rules.items():
+        here.setdefault(kinds[param], set()).add(rule)
+    everywhere: list[dict[str, set[str]]] = [here] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return {
+        param: frozenset().union(*(found.get(kind, set()) for found in everywhere))
+        for param, kind in kinds.items()
+    }

@@ -21,7 +21,7 @@ from .internals import (
 )
 from .optimizer import adopt
 from .settings import Resolved, Settings, resolve
-from .support import check_supported
+from .support import check_skipping, check_supported
 
 _installed = False
 _command_line: Settings | None = None
@@ -66,11 +66,14 @@ def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(config, model_chunks, config_overrides, *args, **kwargs)
         resolved = resolve(config, settings_of(config))
         check_supported(config, model_chunks)
+        skips = resolved.settings.nonfinite == "skip"
+        if skips:
+            check_skipping(config, model_chunks)
         added = group_settings(model_chunks, config, resolved.settings)
         overrides = add_overrides(config, config_overrides, added)
         _print(resolved, added)
         with (
-            built_as_adam(config),
+            built_as_adam(config, skips_nonfinite=skips),
             intercepted_builder(lambda part, built: adopt(part, built, resolved)),
         ):
             return original(config, model_chunks, overrides, *args, **kwargs)

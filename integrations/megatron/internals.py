@@ -113,14 +113,20 @@ def intercepted_builder(finish: Callable[[Any, dict[str, Any]], None]) -> Iterat
 
 
 @contextmanager
-def built_as_adam(config: Any) -> Iterator[None]:
-    """Let Megatron take the path of Adam, which keeps the distributed optimizer in all versions."""
-    name = config.optimizer
+def built_as_adam(config: Any, *, skips_nonfinite: bool = False) -> Iterator[None]:
+    """Let Megatron take the path of Adam, which keeps the distributed optimizer in all versions.
+
+    Where steps are to be skipped, with a constant loss scale of 1 if it has none: Megatron then
+    looks for overflows on all ranks, FlashMuon only on those that share a matrix.
+    """
+    name, loss_scale = config.optimizer, config.loss_scale
     config.optimizer = "adam"
+    if skips_nonfinite and not config.fp16 and not loss_scale:
+        config.loss_scale = 1.0
     try:
         yield
     finally:
-        config.optimizer = name
+        config.optimizer, config.loss_scale = name, loss_scale
 
 
 def add_overrides(
@@ -147,6 +153,13 @@ def add_overrides(
         )
         result[key(with_name_predicate=matches)] = dict(told)
     return result
+
+
+def schedule_is_the_checkpoints() -> bool:
+    """Whether megatron.training was told ``--use-checkpoint-opt_param-scheduler``."""
+    training = sys.modules.get("megatron.training.global_vars")
+    args = getattr(training, "_GLOBAL_ARGS", None)
+    return bool(getattr(args, "use_checkpoint_opt_param_scheduler", False))
 
 
 # What lies where ------------------------------------------------------------------------------

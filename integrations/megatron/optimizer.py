@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from flashns_dist.optim import BoundParameter, FlashMuon
 from flashns_dist.optim.settings import init_state, is_matrix_rule
 
-from .checkpoints import CLASSES
-from .grouping import owners, parameter_names
+from .checkpoints import CLASSES, state_names_of
+from .grouping import owners, parameter_names, rules_by_kin
 from .internals import (
     VERSION,
     Grid,
@@ -41,7 +41,7 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
         built: The builder's arguments, and the parameters of each group under ``"members"``.
         resolved: Settings.
 
-    Collectives: as ``find_grid``.
+    Collectives: as ``find_grid`` and ``rules_by_kin``.
     """
     if optimizer.optimizer is None:
         return  # no trainable parameters on this rank
@@ -69,9 +69,17 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
     optimizer.optimizer = inner
     optimizer.init_state_fn = _no_state
     binding = Binding(optimizer, chunks, grid, group_index, resolved)
+    rules = {param: groups[i]["update_rule"] for param, i in group_index.items()}
+    kin = rules_by_kin(parameter_names(chunks), rules)
     if is_distributed(optimizer):
         repair_index_map(optimizer)
-        optimizer.flashmuon_rules = {p: groups[i]["update_rule"] for p, i in group_index.items()}
+        optimizer.flashmuon_rules, optimizer.flashmuon_kin = rules, kin
+    else:
+        optimizer.flashmuon_lacking = {
+            storage: lacking
+            for param, storage in main_params(optimizer)
+            if (lacking := state_names_of(kin[param]) - state_names_of({rules[param]}))
+        }
     optimizer.__class__ = CLASSES[type(optimizer)]
     inner.bind(binding.parameters)
 

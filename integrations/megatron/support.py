@@ -26,6 +26,21 @@ def check_supported(config: Any, chunks: Sequence[nn.Module]) -> None:
         raise NotImplementedError(f"FlashMuon does not support Megatron's {setting}: {reason}")
 
 
+def check_skipping(config: Any, chunks: Sequence[nn.Module]) -> None:
+    """Raise where a step would be skipped on some ranks only: Megatron's FP32Optimizer."""
+    model = getattr(chunks[0], "config", None)
+    degrees = ("pipeline_model_parallel_size", "expert_model_parallel_size")
+    if config.fp16 or config.bf16 or config.use_distributed_optimizer:
+        return
+    if any((getattr(model, degree, None) or 1) > 1 for degree in degrees):
+        raise NotImplementedError(
+            "FlashMuon does not support --flashmuon-nonfinite skip with pipeline or expert "
+            "parallelism in Megatron's fp32 without the distributed optimizer, which looks for no "
+            "overflow: one part of the model would step and another not. Use "
+            "--use-distributed-optimizer, or --flashmuon-nonfinite raise."
+        )
+
+
 def check_arguments(args: Any) -> None:
     """The same for the command line, before anything is built."""
     if getattr(args, "save", None) or getattr(args, "load", None):

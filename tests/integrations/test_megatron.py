@@ -392,12 +392,13 @@ def step_with_infinity(case: Case) -> tuple[Any, ...]:
     with megatron_ready(case):
         chunks = make_chunks(case)
         optimizer = make_optimizer(case, chunks)
-        for buffer in chunks[0].buffers:
+        buffers = [*chunks[0].buffers, *chunks[0].expert_parallel_buffers]
+        for buffer in buffers:
             buffer.grad_data.fill_(1.0)
         before = [p.detach().clone() for p in chunks[0].parameters()]
         scale = float(optimizer.get_loss_scale())
         if dist.get_rank() == 0:
-            chunks[0].buffers[0].grad_data[: buffer.grad_data.numel() // 8] = float("inf")
+            buffer.grad_data[: buffer.grad_data.numel() // 8] = float("inf")
         message = ""
         result: Any = None
         try:
@@ -431,6 +432,26 @@ def test_an_infinity_without_a_loss_scale_raises_on_every_rank(ranks: RankPool) 
         assert "not finite" in message or "NaN or an infinity" in message
         assert same
         assert idle
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(pp=2, dtype="bf16"),
+        Case(pp=2, clip=0.0),
+        Case(ep=2, experts=4, dtype="bf16", distributed=False),
+    ],
+    ids=["pipeline", "pipeline, fp32", "experts, replicated"],
+)
+def test_a_step_is_skipped_by_the_whole_model(ranks: RankPool, case: Case) -> None:
+    """Also by other pipeline stages, and by experts, which have an optimizer of their own."""
+    case = replace(case, settings={"nonfinite": "skip"})
+    for result, message, same, idle, ratio in ranks.run(2, step_with_infinity, case):
+        assert result == (False, None, None)
+        assert not message
+        assert same
+        assert idle
+        assert ratio == 1.0
 
 
 # Errors ---------------------------------------------------------------------------------------

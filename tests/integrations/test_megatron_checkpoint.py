@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ FULL, BY_DATA = "fully_reshardable", "dp_reshardable"
 PLAIN = Case(gated=True)
 EXPERTS = Case(gated=True, experts=4)
 ADAMUON = Case(gated=True, settings={"update_rule": "adamuon", "aux_update_rule": "lion"})
+ONE_LAYER = Case(gated=True, settings={"overrides": {"*.0.mlp.linear_fc1.weight": "adamw"}})
 
 # name: sharding type, (ranks, case) that saves, (ranks, case) that resumes
 RESUMED = {
@@ -64,6 +67,12 @@ RESUMED = {
         None,
         (2, replace(ADAMUON, distributed=False)),
         (2, replace(ADAMUON, distributed=False, tp=2)),
+    ),
+    "another rule in one layer": (FULL, (2, ONE_LAYER), (2, replace(ONE_LAYER, tp=2))),
+    "another rule in one layer, replicated": (
+        None,
+        (2, replace(ONE_LAYER, distributed=False)),
+        (2, replace(ONE_LAYER, distributed=False, tp=2)),
     ),
 }
 
@@ -150,6 +159,24 @@ def test_flags_of_this_run_win_and_what_the_scheduler_sets_is_restored(
     found = ranks.run(1, keep_flags, str(tmp_path))[0]
     expected = {"momentum": 0.5, "lr": 0.125, "peaks": {0.005}, "steps": {1.0}, "missing": []}
     assert found == expected
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_checkpoints_schedule_is_taken_where_megatron_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """A stand-in for megatron.training, which is not in the package of 0.16."""
+    from flashns_dist.integrations.megatron.checkpoints import restored_groups
+
+    module: Any = types.ModuleType("megatron.training.global_vars")
+    module._GLOBAL_ARGS = types.SimpleNamespace(use_checkpoint_opt_param_scheduler=wanted)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", module)
+    ours = {"lr": 0.5, "max_lr": 0.5, "min_lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
+    theirs = {"lr": 0.2, "max_lr": 0.4, "min_lr": 0.2, "weight_decay": 0.1, "momentum": 0.8}
+    (found,) = restored_groups([ours], [theirs])
+    peaks = (0.4, 0.2) if wanted else (0.5, 0.1)
+    assert (found["max_lr"], found["min_lr"]) == peaks
+    assert (found["lr"], found["weight_decay"], found["momentum"]) == (0.2, 0.1, 0.9)
 
 
 def refuse(folder: str) -> list[str]:

@@ -268,6 +268,19 @@ def test_unsupported_features_are_refused_by_name(ranks: RankPool) -> None:
         assert name in message
 
 
+@pytest.mark.parametrize("degree", ["pipeline_model_parallel_size", "expert_model_parallel_size"])
+def test_a_step_that_would_be_skipped_by_a_part_is_refused(degree: str) -> None:
+    from flashns_dist.integrations.megatron.support import check_skipping
+
+    chunk: Any = types.SimpleNamespace(config=types.SimpleNamespace(**{degree: 2}))
+    with pytest.raises(NotImplementedError, match="--flashmuon-nonfinite skip with pipeline"):
+        check_skipping(config(), [chunk])
+    check_skipping(config(bf16=True), [chunk])
+    check_skipping(config(use_distributed_optimizer=True), [chunk])
+    setattr(chunk.config, degree, 1)
+    check_skipping(config(), [chunk])
+
+
 # Which parameters are matrices ----------------------------------------------------------------
 
 
