@@ -37,7 +37,12 @@ from flashns_dist.optim.settings import (
     state_names,
 )
 from flashns_dist.optim.setup import Setup
-from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
+from flashns_dist.optim.state import (
+    check_loadable,
+    completed_state_dict,
+    plain_state_dict,
+    restore_dtypes,
+)
 from flashns_dist.optim.step import MatrixStep
 from flashns_dist.orthogonalize import Coefficients
 
@@ -411,8 +416,16 @@ class FlashMuon(Optimizer):
 
         The momentum keeps the precision that it was saved in (at most fp32 where it is kept in
         fp32); settings that the checkpoint lacks keep their present values.
+
+        Raises:
+            ValueError: The checkpoint has other groups, update rules, shapes or placements; nothing
+                has changed.
         """
         completed = completed_state_dict(state_dict, self.param_groups)
+        for index, group in enumerate(completed["param_groups"]):
+            for (name, param), key in zip(self._named(index), group["params"], strict=False):
+                entry = completed["state"].get(key, {})
+                check_loadable(name, param, entry, group["update_rule"])
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
         self._complete_state()
