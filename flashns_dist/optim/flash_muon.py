@@ -278,6 +278,8 @@ class FlashMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._bound and self._setup.is_outdated:
+            self._unbind()
         self._bind()
         if not self._bound:
             return loss

@@ -62,6 +62,12 @@ def check_group(group: Mapping[str, Any]) -> None:
                 f"{key}={group[key]!r} is a setting of the update rules {owners}, not of "
                 f"{rule.name!r}; leave it out, or choose another update_rule for the group"
             )
+    check_values(group)
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting out of range, naming it."""
+    rule = RULES[group["update_rule"]]
     for key in ("lr", "weight_decay", "eps"):
         if not float(group[key]) >= 0:
             raise ValueError(f"{key}={group[key]} must not be negative")
@@ -174,6 +180,7 @@ __all__ = [
     "check_rule",
     "check_states",
     "check_used",
+    "check_values",
     "init_state",
     "is_matrix_rule",
     "rule_settings",
