@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim import binding
+from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.testing.pool import RankPool, rank_device
 
 
@@ -162,9 +163,42 @@ def different_method() -> None:
     expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
 
 
+def different_auxiliary_order() -> None:
+    values = torch.ones(4, 4, device=rank_device())
+    named = [(f"layer.{i}", nn.Parameter(values.clone())) for i in range(2)]
+    if dist.get_rank() == 1:
+        named.reverse()
+    optimizer = FlashMuon([{"params": with_gradients(named), "update_rule": "adamw"}])
+    expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0' on rank 0", "'layer.1'")
+
+
+def different_scalars() -> None:
+    scales = [lambda shape: 1.0, learning_rate_scale]
+    for settings in (
+        {"lr": [0.1, 0.2]},
+        {"momentum": [0.9, 0.8]},
+        {"weight_decay": [0.1, 0.0]},
+        {"nesterov": [True, False]},
+        {"cautious": [True, False]},
+        {"adjust_lr_fn": ["original", "none"]},
+        {"adjust_lr_fn": scales},
+    ):
+        named = with_gradients(sharded([torch.ones(6, 8)]))
+        mine = {key: values[dist.get_rank()] for key, values in settings.items()}
+        optimizer = FlashMuon(named, **mine)
+        expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
+
+
 @pytest.mark.parametrize(
     ("body", "world_size"),
-    [(different_order, 2), (different_number, 3), (different_rule, 2), (different_method, 2)],
+    [
+        (different_order, 2),
+        (different_number, 3),
+        (different_rule, 2),
+        (different_method, 2),
+        (different_auxiliary_order, 2),
+        (different_scalars, 2),
+    ],
 )
 def test_disagreeing_ranks_all_say_so(ranks: RankPool, body: object, world_size: int) -> None:
     ranks.run(world_size, body)
