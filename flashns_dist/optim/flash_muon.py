@@ -69,9 +69,10 @@ class FlashMuon(Optimizer):
         params: Parameters, named parameters, or groups as ``parameter_groups`` makes them. A
             group's ``"update_rule"`` is ``"muon"`` or another one for matrices (parameters
             ``(n, m)``, or ``(experts, n, m)`` for a matrix each), or ``"adamw"`` or another one for
-            auxiliary parameters of any shape. Any argument below can be set per group, and
-            ``"matrix_view"`` (of ``flashns_dist.layout``, or a mapping from name patterns to them):
-            which parts of a parameter are matrices.
+            auxiliary parameters of any shape. The arguments below can be set per group (``aux_lr``
+            and ``aux_weight_decay`` as ``"lr"`` and ``"weight_decay"``; not ``nonfinite``,
+            ``exchange`` and ``cuda_graph``), and ``"matrix_view"`` (of ``flashns_dist.layout``, or
+            a mapping from name patterns to them): which parts of a parameter are matrices.
         lr: Learning rate of the matrices; times ``adjust_lr_fn``'s factor, the spectral norm of one
             step's change.
         weight_decay: Decoupled: a step multiplies the weights by ``1 - lr * weight_decay``.
@@ -188,7 +189,7 @@ class FlashMuon(Optimizer):
             check_view_names([name for name, _ in self._named(before)], added)
             for name, param in self._named(before):
                 check_parameter(name, param, added)
-        except ValueError:
+        except Exception:  # a view of the user's may raise anything
             del self.param_groups[before:]
             raise
         for name, param in self._named(before):

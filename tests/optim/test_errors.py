@@ -77,6 +77,23 @@ def test_an_unsuitable_parameter_is_named_and_not_added(param: nn.Parameter, mes
     assert len(optimizer.state) == 1
 
 
+@pytest.mark.parametrize(
+    ("group", "kind", "message"),
+    [
+        ({"update_rule": "adamw", "aux_lr": 0.1}, ValueError, "call it 'lr' in a group"),
+        ({"nonfinite": "skip"}, ValueError, "nonfinite='skip' is FlashMuon's, not a group's"),
+        ({"matrix_view": "qkv"}, TypeError, "not callable"),
+    ],
+)
+def test_an_unsuitable_group_is_not_added(
+    group: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    optimizer = FlashMuon([matrix()])
+    with pytest.raises(kind, match=message):
+        optimizer.add_param_group({"params": [matrix(4, 4)], **group})
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
+
+
 def snapshot(optimizer: FlashMuon) -> list[Tensor]:
     values = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     values += [value for state in optimizer.state.values() for value in state.values()]
