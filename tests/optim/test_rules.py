@@ -256,6 +256,21 @@ def test_dion_follows_its_formula(fraction: float) -> None:
         assert optimizer.state[param]["right_factor"].numel() == param.shape[1] * rank
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_dion_moves_the_same_at_any_scale(scale: float) -> None:
+    """In fp32, where the squares of such numbers are 0 or infinite."""
+    found = []
+    for factor in (1.0, scale):
+        param = nn.Parameter(torch.zeros(20, 33))
+        optimizer = FlashMuon([param], update_rule="dion", lr=LR)
+        for step in range(3):
+            param.grad = gradient(0, step, (20, 33)).float() * factor
+            optimizer.step()
+        found.append(param.detach())
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+
+
 def test_dion_takes_gradients_of_low_rank() -> None:
     """Directions without a gradient move no weight, and can come back."""
     param = nn.Parameter(torch.zeros(12, 20))
