@@ -24,6 +24,7 @@ _GATE_UP = re.compile(r"(^|\.)gate_up_proj$")
 _FUSED = re.compile(
     r"(^|[._])(w?qkv\w*|query_key_value|c_attn|in_proj|kv_b_proj|gate_up\w*|w13)$", re.IGNORECASE
 )
+_WRAPPER = re.compile(r"(^|\.)_(orig_mod|checkpoint_wrapped_module)(?=\.|$)")  # torch's own
 _NORM = re.compile(r"(^|[._])(\w*norm|ln|ln_\w+)$")
 
 
@@ -163,8 +164,9 @@ def _decide(
             name = f"{module_name}.{local_name}" if module_name else local_name
             if not param.requires_grad or any(d.param is param for d in decisions):
                 continue
-            rule, reason = _classify(module_name, module, local_name, param, embedded, vocabularies)
-            view = _find_view(module_name, module, local_name, param)
+            inner = _WRAPPER.sub("", module_name)
+            rule, reason = _classify(inner, module, local_name, param, embedded, vocabularies)
+            view = _find_view(inner, module, local_name, param)
             declared = next((p for p in views if fnmatchcase(name, p)), None)
             if declared is not None:
                 view = views[declared]
@@ -178,7 +180,7 @@ def _decide(
                 view = None
             elif view is not None:
                 view_blocks(name, full_shape(param), view)
-            elif declared is None and _FUSED.search(_full_name(module_name, local_name)):
+            elif declared is None and _FUSED.search(_full_name(inner, local_name)):
                 reason += ", fused by its name: see matrix_views"
             decisions.append(Decision(name, param, rule, reason, view))
     return decisions

@@ -12,14 +12,10 @@ from torch import Tensor
 from flashns_dist.layout import Box
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.flash_muon import FlashMuon
-from flashns_dist.optim.rules import RULES
+from flashns_dist.optim.rules import MOMENTUM_SUMS, RULES
 
 Source: TypeAlias = "Mapping[str, Any] | tuple[Mapping[str, Any], Sequence[str]]"
 
-_SUMS = (
-    "dion",
-    "dion2",
-)  # rules of ours whose momentum is a sum, as dion's is; the others' average
 _COUNTERS = ("step", "step_dev")
 
 
@@ -114,7 +110,7 @@ def _converted(name: str, values: Mapping[str, Any], group: Mapping[str, Any]) -
         kind, moments = "lion", {"exp_avg": values["momentum"]}
     elif algorithm in ("muon", "normuon", "dion2", "nordion2", "dion3") and "momentum" in values:
         kind = "a matrix"
-        average = rule not in _SUMS
+        average = rule not in MOMENTUM_SUMS
         if average != (algorithm in ("muon", "normuon")):
             raise ValueError(
                 f"{name}: its state is of dion's {algorithm!r}, which cannot become that of "
@@ -124,7 +120,7 @@ def _converted(name: str, values: Mapping[str, Any], group: Mapping[str, Any]) -
         momentum = values["momentum"]
         momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
         moments = {"momentum_buffer": momentum * scale}
-    elif "momentum_buffer" in values and "ns_coefficients" in theirs and rule not in _SUMS:
+    elif "momentum_buffer" in values and "ns_coefficients" in theirs and rule not in MOMENTUM_SUMS:
         kind, moments = "a matrix", {"momentum_buffer": values["momentum_buffer"]}
     else:
         entries = sorted(key for key in values if key != "group")

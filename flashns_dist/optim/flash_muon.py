@@ -38,7 +38,12 @@ from flashns_dist.optim.settings import (
     state_names,
 )
 from flashns_dist.optim.setup import Setup
-from flashns_dist.optim.state import completed_state_dict, plain_state_dict, restore_dtypes
+from flashns_dist.optim.state import (
+    check_loadable,
+    completed_state_dict,
+    plain_state_dict,
+    restore_dtypes,
+)
 from flashns_dist.optim.step import MatrixStep
 from flashns_dist.orthogonalize import Coefficients
 
@@ -65,9 +70,10 @@ class FlashMuon(Optimizer):
         params: Parameters, named parameters, or groups as ``parameter_groups`` makes them. A
             group's ``"update_rule"`` is ``"muon"`` or another one for matrices (parameters
             ``(n, m)``, or ``(experts, n, m)`` for a matrix each), or ``"adamw"`` or another one for
-            auxiliary parameters of any shape. Any argument below can be set per group, and
-            ``"matrix_view"`` (of ``flashns_dist.layout``, or a mapping from name patterns to them):
-            which parts of a parameter are matrices.
+            auxiliary parameters of any shape. The arguments below can be set per group (``aux_lr``
+            and ``aux_weight_decay`` as ``"lr"`` and ``"weight_decay"``; not ``nonfinite``,
+            ``exchange`` and ``cuda_graph``), and ``"matrix_view"`` (of ``flashns_dist.layout``, or
+            a mapping from name patterns to them): which parts of a parameter are matrices.
         lr: Learning rate of the matrices; times ``adjust_lr_fn``'s factor, the spectral norm of one
             step's change.
         weight_decay: Decoupled: a step multiplies the weights by ``1 - lr * weight_decay``.
@@ -184,7 +190,7 @@ class FlashMuon(Optimizer):
             check_view_names([name for name, _ in self._named(before)], added)
             for name, param in self._named(before):
                 check_parameter(name, param, added)
-        except ValueError:
+        except Exception:  # a view of the user's may raise anything
             del self.param_groups[before:]
             raise
         for name, param in self._named(before):
@@ -274,6 +280,8 @@ class FlashMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._bound and self._setup.is_outdated:
+            self._unbind()
         self._bind()
         if not self._bound:
             return loss
@@ -414,9 +422,14 @@ class FlashMuon(Optimizer):
         fp32); settings that the checkpoint lacks keep their present values. No collectives.
 
         Raises:
-            ValueError: The checkpoint has another number of groups, or other update rules.
+            ValueError: The checkpoint has other groups, update rules, shapes or placements; nothing
+                has changed.
         """
         completed = completed_state_dict(state_dict, self.param_groups)
+        for index, group in enumerate(completed["param_groups"]):
+            for (name, param), key in zip(self._named(index), group["params"], strict=False):
+                entry = completed["state"].get(key, {})
+                check_loadable(name, param, entry, group["update_rule"])
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
         self._complete_state()

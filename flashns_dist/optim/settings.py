@@ -16,6 +16,7 @@ from flashns_dist.optim.rules.muon import orthogonalize_batch, resolve_ns_coeffi
 
 UPDATE_RULES = tuple(RULES)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OF_ALL = ("aux_lr", "aux_weight_decay", "nonfinite", "exchange", "cuda_graph")
 RULE_SETTINGS = {key for rule in RULES.values() for key in rule.settings}
 
 
@@ -62,6 +63,16 @@ def check_group(group: Mapping[str, Any]) -> None:
                 f"{key}={group[key]!r} is a setting of the update rules {owners}, not of "
                 f"{rule.name!r}; leave it out, or choose another update_rule for the group"
             )
+    for key in _OF_ALL:
+        if key in group:
+            instead = f"; call it {key[4:]!r} in a group" if key.startswith("aux_") else ""
+            raise ValueError(f"{key}={group[key]!r} is FlashMuon's, not a group's{instead}")
+    check_values(group)
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting out of range, naming it."""
+    rule = RULES[group["update_rule"]]
     for key in ("lr", "weight_decay", "eps"):
         if not float(group[key]) >= 0:
             raise ValueError(f"{key}={group[key]} must not be negative")
@@ -175,6 +186,7 @@ __all__ = [
     "check_rule",
     "check_states",
     "check_used",
+    "check_values",
     "init_state",
     "is_matrix_rule",
     "rule_settings",

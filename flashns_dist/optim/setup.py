@@ -15,7 +15,12 @@ from flashns_dist.optim.machine import calibrated_cost
 from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import resolve_ns_coefficients
-from flashns_dist.optim.settings import check_states, is_matrix_rule, rule_settings
+from flashns_dist.optim.settings import (
+    check_states,
+    check_values,
+    is_matrix_rule,
+    rule_settings,
+)
 from flashns_dist.optim.step import matrices_of, plan_matrices
 from flashns_dist.plan import CostModel, Matrix, Plan
 
@@ -39,6 +44,7 @@ class Setup:
         self._present = groups
         self._options = options
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
+        self._planned = self._plan_settings()
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
@@ -69,6 +75,29 @@ class Setup:
             if self._groups[bound.group_index].get("compressed_gradients")
         }
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether a group has other settings than those that matrices were batched by.
+
+        Raises:
+            ValueError: A group has another update rule.
+        """
+        planned = zip(self._groups, self._planned, strict=False)
+        for number, (group, (rule, *_)) in enumerate(planned):
+            if group["update_rule"] != rule:
+                raise ValueError(
+                    f"group {number}: its update_rule was {rule!r} and is now "
+                    f"{group['update_rule']!r}, which keeps another state; make a new optimizer"
+                )
+        return self._plan_settings() != self._planned
+
+    def _plan_settings(self) -> list[tuple[str, str, object]]:
+        """What of each group plans depend on."""
+        return [
+            (group["update_rule"], self._kind(group), group.get("matrix_view"))
+            for group in self._groups
+        ]
+
     def check(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Compare the setups of all ranks, and agree on the cost model.
 
@@ -80,8 +109,10 @@ class Setup:
         Raises:
             RuntimeError: Ranks disagree about parameters, settings, layouts or plans.
             NotImplementedError: An update rule cannot take a layout.
-            ValueError: A parameter has no state.
+            ValueError: A setting is out of range.
         """
+        for group in self._groups:
+            check_values(group)
         check_states(self.bound, self._groups, state)
         for bound in self.bound:
             group = self._groups[bound.group_index]
@@ -108,7 +139,7 @@ class Setup:
             active: Which of them have a gradient on some rank.
         """
         bound = [self.bound[i] for i in indices]
-        kinds = [self._kind(b) for b in bound]
+        kinds = [self._kind(self._groups[b.group_index]) for b in bound]
         travelling, resident = (
             matrices_of(bound, active, kinds, self._groups, travel=travel)
             for travel in (True, False)
@@ -122,9 +153,8 @@ class Setup:
         """What decides which buckets are sent in the backward pass."""
         return self._options.overlap_backward, self._options.overlap_bytes
 
-    def _kind(self, bound: BoundParameter) -> str:
+    def _kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch."""
-        group = self._groups[bound.group_index]
         if not is_matrix_rule(group):
             return str(group["update_rule"])
         coefficients = resolve_ns_coefficients(group)
@@ -136,9 +166,12 @@ class Setup:
     def _digest(self, bound: BoundParameter) -> str:
         """What must agree between ranks about a parameter."""
         group = self._groups[bound.group_index]
-        keys = ("update_rule", "nesterov", "cautious", "rounding")
+        keys = ("update_rule", "nesterov", "cautious", "rounding", "betas")
         setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
-        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(bound), self._early)
+        setting += [float(group[key]) for key in ("lr", "weight_decay", "momentum", "eps")]
+        scale = group["adjust_lr_fn"]
+        setting.append(getattr(scale, "__qualname__", "a function") if callable(scale) else scale)
+        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(group), self._early)
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from flashns_dist.optim.rules import AUXILIARY_RULES
+from flashns_dist.optim.rules import AUXILIARY_RULES, MOMENTUM_SUMS, RULES
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 
@@ -54,13 +54,57 @@ def completed_state_dict(
             )
         kept = {key: value for key, value in ours.items() if key not in ("params", "param_names")}
         from_torch_muon = "update_rule" not in theirs and "ns_coefficients" in theirs
+        if from_torch_muon and rule in MOMENTUM_SUMS:
+            raise ValueError(
+                f"group {number} of the checkpoint is torch.optim.Muon's, whose momentum is an "
+                f"average, and that of update_rule={rule!r} is a sum; use another update rule"
+            )
         dropped = ("ns_coefficients", "ns_steps", "eps") if from_torch_muon else ()
-        completed.append({**kept, **{k: v for k, v in theirs.items() if k not in dropped}})
+        # Views are of the model, and only their absence is ever saved.
+        read = {k: v for k, v in theirs.items() if k not in (*dropped, "matrix_view")}
+        completed.append({**kept, **read})
     state = {
         key: {"step": torch.zeros(()), **entry} if "momentum_buffer" in entry else entry
         for key, entry in state_dict["state"].items()
     }
     return {"state": state, "param_groups": completed}
+
+
+def check_loadable(name: str, param: Tensor, entry: Mapping[str, Any], rule: str) -> None:
+    """Raise ValueError for a checkpoint's state that a parameter cannot take.
+
+    Args:
+        name: Of the parameter.
+        param: The parameter.
+        entry: Its state in the checkpoint.
+        rule: Its update rule.
+    """
+    needed = RULES[rule].local_states
+    others = sorted(entry.keys() - {"step"})
+    if others and not entry.keys() & set(needed):
+        raise ValueError(
+            f"{name}: the checkpoint has {others} of it, and update_rule={rule!r} keeps "
+            f"{list(needed)}; make the optimizer with the checkpoint's rules"
+        )
+    for key in needed:
+        value = entry.get(key)
+        if isinstance(value, Tensor) and _where(value) != _where(param):
+            raise ValueError(
+                f"{name}: {key} in the checkpoint has {_described(value)}, the parameter has "
+                f"{_described(param)}. torch.distributed.checkpoint loads into other shardings; so "
+                "does set_optimizer_state_dict with StateDictOptions(full_state_dict=True), from "
+                "whole tensors."
+            )
+
+
+def _where(tensor: Tensor) -> tuple[object, ...]:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return tuple(tensor.shape), getattr(tensor, "placements", None), tuple(local.shape)
+
+
+def _described(tensor: Tensor) -> str:
+    shape, placements, local = _where(tensor)
+    return f"shape {shape}, placements {placements} and {local} on this rank"
 
 
 def restore_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

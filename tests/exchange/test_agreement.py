@@ -49,6 +49,11 @@ CASES: dict[str, tuple[list[tuple[Entries, str]], str, str]] = {
         "ranks [2] disagree with rank 0",
         "parameter 1: 'wk' has another shape, dtype, placement or setting on rank 2",
     ),
+    "other setting, same plan": (
+        [(BASE, "p"), (BASE, "p"), ([BASE[0], ("wk", "x"), BASE[2]], "p")],
+        "ranks [2] disagree with rank 0",
+        "parameter 1: 'wk' has another shape, dtype, placement or setting on rank 2",
+    ),
     "other order": (
         [(BASE, "p"), ([BASE[0], BASE[2], BASE[1]], "q"), (BASE, "p")],
         "ranks [1] disagree with rank 0",

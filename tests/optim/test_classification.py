@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from flashns_dist import FlashMuon, parameter_groups
 from flashns_dist.layout import QKV, Equal, Flattened, Sections
@@ -73,6 +76,25 @@ def test_each_kind_of_parameter_goes_where_it_belongs() -> None:
     named = {name for group in groups for name, _ in group["params"]}
     assert named == set(found)
     FlashMuon(groups)
+
+
+def test_compiled_and_checkpointed_modules_go_where_they_would() -> None:
+    def make(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, str]:
+        parts = {
+            "gate_up_proj": nn.Linear(4, 6),
+            "router": nn.Linear(4, 3),
+            "lm_head": nn.Linear(4, 5),
+        }
+        model = nn.ModuleDict({name: wrap(part) for name, part in parts.items()})
+        decisions = parameter_groups(model).decisions
+        return {
+            d.name.split(".")[0]: f"{d.reason} {d.view}" for d in decisions if d.param.ndim == 2
+        }
+
+    plain = make(lambda module: module)
+    assert "output head" in plain["lm_head"]
+    assert make(torch.compile) == plain
+    assert make(checkpoint_wrapper) == plain
 
 
 def test_tied_weights_are_counted_once_and_auxiliary() -> None:

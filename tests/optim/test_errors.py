@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim import binding
+from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.testing.pool import RankPool, rank_device
 
 
@@ -74,6 +75,23 @@ def test_an_unsuitable_parameter_is_named_and_not_added(param: nn.Parameter, mes
         optimizer.add_param_group({"params": [("layers.w", param)]})
     assert len(optimizer.param_groups) == 1
     assert len(optimizer.state) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "kind", "message"),
+    [
+        ({"update_rule": "adamw", "aux_lr": 0.1}, ValueError, "call it 'lr' in a group"),
+        ({"nonfinite": "skip"}, ValueError, "nonfinite='skip' is FlashMuon's, not a group's"),
+        ({"matrix_view": "qkv"}, TypeError, "not callable"),
+    ],
+)
+def test_an_unsuitable_group_is_not_added(
+    group: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    optimizer = FlashMuon([matrix()])
+    with pytest.raises(kind, match=message):
+        optimizer.add_param_group({"params": [matrix(4, 4)], **group})
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
 def snapshot(optimizer: FlashMuon) -> list[Tensor]:
@@ -162,9 +180,42 @@ def different_method() -> None:
     expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
 
 
+def different_auxiliary_order() -> None:
+    values = torch.ones(4, 4, device=rank_device())
+    named = [(f"layer.{i}", nn.Parameter(values.clone())) for i in range(2)]
+    if dist.get_rank() == 1:
+        named.reverse()
+    optimizer = FlashMuon([{"params": with_gradients(named), "update_rule": "adamw"}])
+    expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0' on rank 0", "'layer.1'")
+
+
+def different_scalars() -> None:
+    scales = [lambda shape: 1.0, learning_rate_scale]
+    for settings in (
+        {"lr": [0.1, 0.2]},
+        {"momentum": [0.9, 0.8]},
+        {"weight_decay": [0.1, 0.0]},
+        {"nesterov": [True, False]},
+        {"cautious": [True, False]},
+        {"adjust_lr_fn": ["original", "none"]},
+        {"adjust_lr_fn": scales},
+    ):
+        named = with_gradients(sharded([torch.ones(6, 8)]))
+        mine = {key: values[dist.get_rank()] for key, values in settings.items()}
+        optimizer = FlashMuon(named, **mine)
+        expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
+
+
 @pytest.mark.parametrize(
     ("body", "world_size"),
-    [(different_order, 2), (different_number, 3), (different_rule, 2), (different_method, 2)],
+    [
+        (different_order, 2),
+        (different_number, 3),
+        (different_rule, 2),
+        (different_method, 2),
+        (different_auxiliary_order, 2),
+        (different_scalars, 2),
+    ],
 )
 def test_disagreeing_ranks_all_say_so(ranks: RankPool, body: object, world_size: int) -> None:
     ranks.run(world_size, body)
@@ -276,6 +327,35 @@ def nonfinite_in_a_smaller_group(row_axis_too: bool) -> None:
 @pytest.mark.parametrize("row_axis_too", [True, False])
 def test_a_nonfinite_gradient_stops_other_groups_too(ranks: RankPool, row_axis_too: bool) -> None:
     ranks.run(4, nonfinite_in_a_smaller_group, row_axis_too)
+
+
+def wrong_at_the_end_of_a_chain(kind: str) -> None:
+    """Ranks 1 and 2 share no group, and neither do their groups: 0 and 3 do."""
+    device, rank = rank_device().type, dist.get_rank()
+    pairs = init_device_mesh(device, (2, 2), mesh_dim_names=("a", "b"))["b"]
+    middle = DeviceMesh(device, [0, 3])
+    placed = []
+    for name, mesh in (("pairs", pairs), ("middle", middle)):
+        if name == "pairs" or rank in (0, 3):
+            value = torch.ones(6, 8, device=rank_device())
+            param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None))
+            placed.append((name, param))
+    optimizer = FlashMuon(with_gradients(placed))
+    param = dict(placed)["pairs"]
+    if kind == "nonfinite":
+        if rank == 2:
+            param.grad.to_local().fill_(float("nan"))
+        expect_error(optimizer, (FloatingPointError,), "NaN or an infinity")
+        return
+    if rank == 2:
+        local = torch.ones(6, 8, device=rank_device())
+        param.grad = DTensor.from_local(local, pairs, [Partial()])
+    expect_error(optimizer, (ValueError, RuntimeError), "placements" if rank == 2 else "no rank does")
+
+
+@pytest.mark.parametrize("kind", ["nonfinite", "placement"])
+def test_one_gradient_stops_a_chain_of_groups(ranks: RankPool, kind: str) -> None:
+    ranks.run(4, wrong_at_the_end_of_a_chain, kind)
 
 
 def mesh_of_some_ranks() -> None:

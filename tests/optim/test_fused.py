@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
 from flashns_dist.testing.gpus import has_gpus
-from flashns_dist.testing.pool import RankPool
+from flashns_dist.testing.pool import RankPool, rank_device
 from tests.optim.test_invariance import (
     SCENARIOS,
     Scenario,
@@ -100,6 +101,54 @@ def step_with_other_groups() -> None:
 
 def test_settings_are_those_of_the_present_groups(interpreted: RankPool) -> None:
     interpreted.run(1, step_with_other_groups)
+
+
+def step_with_other_memory(kind: str) -> None:
+    """What the kernels would read wrongly, or at the address 0, after a first step."""
+    launched = count_and_fuse_only_sharded()
+    start = full((20, 36), 0)
+    found = []
+    for replica_group in ("world", None):  # fused, and not
+        param = torch.nn.Parameter(start.clone())
+        exchange = ExchangeOptions(replica_group=replica_group)
+        optimizer = FlashMuon([param], lr=0.05, exchange=exchange)
+        for step in range(3):
+            param.grad = full((20, 36), 1, step).to(param.dtype)
+            optimizer.step()
+            state = optimizer.state[param]
+            if kind == "momentum":
+                state["momentum_buffer"] = state["momentum_buffer"].T.contiguous().T
+            else:
+                param.data = param.data.bfloat16()
+        found.append(param)
+    assert launched["update_kernel"] == 1
+    assert torch.equal(*found)
+
+
+def step_with_pending_gradients() -> None:
+    """``redistribute(async_op=True)`` leaves a tensor without memory of its own."""
+    launched = count_and_fuse_only_sharded()
+    mesh = init_device_mesh(rank_device().type, (2,))
+    start, gradient = full((20, 36), 0), full((20, 36), 1)
+    alone = torch.nn.Parameter(start.clone())
+    alone.grad = gradient
+    FlashMuon([alone], lr=0.05, exchange=ExchangeOptions(replica_group=None)).step()
+    param = torch.nn.Parameter(distribute_tensor(start, mesh, [Replicate()]))
+    half = DTensor.from_local(gradient / 2, mesh, [Partial()])
+    param.grad = half.redistribute(mesh, [Replicate()], async_op=True)
+    FlashMuon([param], lr=0.05).step()
+    assert launched["update_kernel"] == 1
+    assert torch.equal(param.to_local(), alone)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "weight"])
+def test_other_strides_and_dtypes_go_the_other_way(interpreted: RankPool, kind: str) -> None:
+    interpreted.run(1, step_with_other_memory, kind)
+
+
+def test_gradients_are_waited_for(interpreted: RankPool) -> None:
+    needs(2)
+    interpreted.run(2, step_with_pending_gradients)
 
 
 def compare_flat(seed: int) -> dict[str, int]:

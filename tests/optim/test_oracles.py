@@ -116,6 +116,24 @@ def test_auxiliary_parameters_follow_torch_adamw(weight_decay: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("strided", ["weight", "gradient"])
+def test_auxiliary_parameters_may_have_any_strides(strided: str) -> None:
+    memory = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    around = memory[:, 8:].clone()
+    ours = [nn.Parameter(memory[:, :8] if strided == "weight" else memory[:, :8].contiguous())]
+    theirs = [nn.Parameter(memory[:, :8].clone())]
+    optimizer = FlashMuon([{"params": ours, "update_rule": "adamw", "lr": 0.01}])
+    reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for seed in range(3):
+        gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
+        ours[0].grad = gradient.T.contiguous().T if strided == "gradient" else gradient.clone()
+        theirs[0].grad = gradient
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(memory[:, 8:], around)
+
+
 def test_low_precision_auxiliary_parameters_keep_fp32_moments() -> None:
     ours = [nn.Parameter(p.detach().bfloat16()) for p in parameters(((9, 4),))]
     theirs = [nn.Parameter(p.detach().float()) for p in ours]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
+from flashns_dist.layout import Equal
 from flashns_dist.testing.pool import RankPool, rank_device
 
 VOCABULARY, WIDTH = 23, 20
@@ -303,3 +304,54 @@ def test_another_number_of_groups_is_refused() -> None:
     two = FlashMuon([{"params": [nn.Parameter(torch.zeros(3, 4))]} for _ in range(2)])
     with pytest.raises(ValueError, match="1 parameter groups, the optimizer 2"):
         two.load_state_dict(one.state_dict())
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings", "message"),
+    [
+        (FlashMuon, {}, r"parameter 0 of group 0: momentum_buffer .* shape \(3, 4\)"),
+        (torch.optim.AdamW, {}, r"has \['exp_avg', 'exp_avg_sq'\] of it, and update_rule='muon'"),
+        (torch.optim.Muon, {"update_rule": "adamw"}, r"\['momentum_buffer'\] .*'adamw'"),
+        (torch.optim.Muon, {"update_rule": "dion2"}, "whose momentum is an average"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    saved: type[torch.optim.Optimizer], settings: dict[str, str], message: str
+) -> None:
+    state_dict = stepped(saved([nn.Parameter(torch.zeros(3, 4))])).state_dict()
+    param = nn.Parameter(torch.zeros(2, 4) if saved is FlashMuon else torch.zeros(3, 4))
+    optimizer = FlashMuon([param], **settings)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"])
+
+
+def load_whole_state_into_shards() -> None:
+    """Every rank would take the first rows."""
+    whole = stepped(FlashMuon([nn.Parameter(torch.zeros(6, 4, device=rank_device()))]))
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    values = torch.zeros(6, 4, device=rank_device())
+    sharded = FlashMuon([nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))])
+    with pytest.raises(ValueError, match=r"placements None .* set_optimizer_state_dict"):
+        sharded.load_state_dict(whole.state_dict())
+
+
+def test_a_whole_state_is_not_taken_for_a_shard(ranks: RankPool) -> None:
+    ranks.run(2, load_whole_state_into_shards)
+
+
+def test_a_checkpoint_without_views_keeps_them() -> None:
+    param = nn.Parameter(torch.zeros(4, 4))
+    optimizer = FlashMuon([{"params": [param], "matrix_view": Equal(2)}])
+    optimizer.load_state_dict(FlashMuon([param]).state_dict())
+    assert optimizer.param_groups[0]["matrix_view"] == Equal(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from math import ceil, sqrt
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.layout import Equal
 from flashns_dist.optim.binding import AUXILIARY
 from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.rules.dion import orthonormal
@@ -254,6 +256,21 @@ def test_dion_follows_its_formula(fraction: float) -> None:
         assert optimizer.state[param]["right_factor"].numel() == param.shape[1] * rank
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_dion_moves_the_same_at_any_scale(scale: float) -> None:
+    """In fp32, where the squares of such numbers are 0 or infinite."""
+    found = []
+    for factor in (1.0, scale):
+        param = nn.Parameter(torch.zeros(20, 33))
+        optimizer = FlashMuon([param], update_rule="dion", lr=LR)
+        for step in range(3):
+            param.grad = gradient(0, step, (20, 33)).float() * factor
+            optimizer.step()
+        found.append(param.detach())
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+
+
 def test_dion_takes_gradients_of_low_rank() -> None:
     """Directions without a gradient move no weight, and can come back."""
     param = nn.Parameter(torch.zeros(12, 20))
@@ -388,6 +405,69 @@ def test_groups_with_different_rules_are_one_optimizer() -> None:
         for optimizer in optimizers:
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("muon", {"method": "aol", "ns_coefficients": None}),
+        ("muon", {"ns_coefficients": "polar_express"}),
+        ("muon", {"equilibrate": True}),
+        ("muon", {"matrix_view": Equal(2)}),
+        ("normuon", {"beta2": 0.5}),
+        ("dion2", {"fraction": 1.0}),
+    ],
+)
+def test_a_groups_settings_may_change_between_steps(rule: str, change: dict[str, object]) -> None:
+    """Also where its matrices were batched with another group's."""
+    shapes = ((20, 33), (20, 33))
+    together, apart = parameters(shapes), parameters(shapes)
+    optimizers = [FlashMuon([{"params": [p]} for p in together], update_rule=rule, **PRECISE)]
+    optimizers += [FlashMuon([param], update_rule=rule, **PRECISE) for param in apart]
+    for step in range(3):
+        if step == 1:
+            optimizers[0].param_groups[1].update(change)
+            state = optimizers[2].state_dict()
+            settings = {**PRECISE, "update_rule": rule, **change}
+            view = {"matrix_view": settings.pop("matrix_view", None)}
+            optimizers[2] = FlashMuon([{"params": [apart[1]], **view}], **settings)
+            state["param_groups"][0].update(change)
+            optimizers[2].load_state_dict(state)
+        for index, (a, b) in enumerate(zip(together, apart, strict=True)):
+            a.grad, b.grad = (gradient(index, step, tuple(a.shape)) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "svd"}, "method='svd'"),
+        ({"backend": "numpy"}, "backend='numpy'"),
+        ({"renormalize": "twice"}, "renormalize='twice'"),
+        ({"update_rule": "normuon"}, "group 1: its update_rule was 'muon' and is now 'normuon'"),
+        ({"update_rule": "adamw"}, "group 1: its update_rule was 'muon' and is now 'adamw'"),
+    ],
+)
+def test_an_unsuitable_change_stops_the_step(change: dict[str, str], message: str) -> None:
+    params = parameters(((6, 7), (6, 7)))
+    optimizer = FlashMuon([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    kept = optimizer.param_groups[1]
+    optimizer.param_groups[1] = {**kept, **change}
+    before = copy.deepcopy((params, dict(optimizer.state)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer.step()
+    torch.testing.assert_close(list(params), list(before[0]))
+    for param, old in zip(params, before[1].values(), strict=True):
+        torch.testing.assert_close(optimizer.state[param], old)
+    optimizer.param_groups[1] = kept
+    optimizer.step()
+    assert not torch.equal(params[1], before[0][1])
 
 
 @pytest.mark.parametrize(

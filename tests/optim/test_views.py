@@ -236,6 +236,24 @@ def test_convolutions_train_under_fsdp2(ranks: RankPool) -> None:
     ranks.run(3, compare_sharded_convolutions)
 
 
+@pytest.mark.parametrize("rule", list(MATRIX_RULES))
+def test_convolutions_may_be_channels_last(rule: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, 3, 3, generator=generator)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(start.clone(memory_format=layout))
+        group = {"params": [weight], "matrix_view": Flattened(), "update_rule": rule}
+        optimizer = FlashMuon([group], lr=0.05)
+        for seed in range(3):
+            gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+            weight.grad = gradient.to(memory_format=layout)
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], start)
+
+
 def view_that_does_not_fit() -> None:
     """An error on every rank, before any collective: a rank alone gets it too."""
     mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))

@@ -175,10 +175,14 @@ class FusedPasses:
         key = (self._bound[tensor].group_index, block.shape)
         return self._kinds.setdefault(key, len(self._kinds))
 
-    def _fixed(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-        """The settings that decide whether the kernels take a piece."""
+    def _fixed(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[object, object]]:
+        """What decides whether the kernels take a piece: settings, and the weights' memory."""
         indices = sorted({bound.group_index for bound in self._bound})
-        return [(groups[i]["update_rule"], groups[i]["rounding"]) for i in indices]
+        weights = [bound.local(bound.storage) for bound in self._bound]
+        return [
+            *((groups[i]["update_rule"], groups[i]["rounding"]) for i in indices),
+            *((weight.dtype, weight.is_contiguous()) for weight in weights),
+        ]
 
     # Step -------------------------------------------------------------------------------------
 
@@ -204,7 +208,10 @@ class FusedPasses:
                 dtypes.add(gradient.dtype if gradient.is_contiguous() else None)
                 found = gradient.data_ptr()
             momentum = bound.local(state[bound.storage]["momentum_buffer"])
-            addresses.append((found, momentum.data_ptr(), bound.local(bound.storage).data_ptr()))
+            weight = bound.local(bound.storage)
+            if weight.is_contiguous() and not momentum.is_contiguous():  # as loaded
+                dtypes.add(None)
+            addresses.append((found, momentum.data_ptr(), weight.data_ptr()))
         usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES} and self._fixed(groups) == self._made_for
         self._gradient_dtype = (dtypes or {torch.float32}).pop() if usable else None
         self._is_aligned = all(address % 16 == 0 for row in addresses for address in row)

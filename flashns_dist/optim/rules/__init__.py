@@ -14,5 +14,13 @@ MATRIX_RULES: dict[str, MatrixRule] = {
 }
 AUXILIARY_RULES: dict[str, AuxiliaryRule] = {rule.name: rule for rule in (AdamW(), Lion())}
 RULES: dict[str, MatrixRule | AuxiliaryRule] = {**MATRIX_RULES, **AUXILIARY_RULES}
+MOMENTUM_SUMS = ("dion", "dion2")  # the other matrix rules' momentum is an average
 
-__all__ = ["AUXILIARY_RULES", "MATRIX_RULES", "RULES", "AuxiliaryRule", "MatrixRule"]
+__all__ = [
+    "AUXILIARY_RULES",
+    "MATRIX_RULES",
+    "MOMENTUM_SUMS",
+    "RULES",
+    "AuxiliaryRule",
+    "MatrixRule",
+]

@@ -36,7 +36,11 @@ def adamw_step(
     group: Mapping[str, Any],
     write: Callable[[int, Tensor], None],
 ) -> None:
-    """``AdamW.step``: ``exp_avg``, ``exp_avg_sq`` (fp32 or fp64) and ``step`` of each change."""
+    """``AdamW.step``: ``exp_avg``, ``exp_avg_sq`` (fp32 or fp64) and ``step`` of each change.
+
+    torch's fused kernel on the CPU walks the four memories side by side, whatever their strides, so
+    that all get those of the moments, which are dense.
+    """
     beta1, beta2 = group["betas"]
     chosen = [i for i, weight in enumerate(weights) if weight.numel()]
     for i, weight in enumerate(weights):
@@ -44,12 +48,12 @@ def adamw_step(
             states[i]["step"] += 1
     if not chosen:
         return
-    dtypes = [states[i]["exp_avg"].dtype for i in chosen]
-    full = [weights[i].to(dtype) for i, dtype in zip(chosen, dtypes, strict=True)]
+    moments = [states[i]["exp_avg"] for i in chosen]
+    full = [_like(weights[i], moment) for i, moment in zip(chosen, moments, strict=True)]
     adamw(
         full,
-        [gradients[i].to(dtype) for i, dtype in zip(chosen, dtypes, strict=True)],
-        [states[i]["exp_avg"] for i in chosen],
+        [_like(gradients[i], moment) for i, moment in zip(chosen, moments, strict=True)],
+        moments,
         [states[i]["exp_avg_sq"] for i in chosen],
         [],
         [states[i]["step"] for i in chosen],
@@ -65,6 +69,15 @@ def adamw_step(
     for value, index in zip(full, chosen, strict=True):
         if value.dtype != weights[index].dtype:
             write(index, value)
+        elif value is not weights[index]:
+            weights[index].copy_(value)
+
+
+def _like(value: Tensor, moment: Tensor) -> Tensor:
+    """The value, or a copy in the moment's dtype and strides where it has others."""
+    if value.dtype == moment.dtype and value.stride() == moment.stride():
+        return value
+    return torch.empty_like(moment).copy_(value)
 
 
 def _fused(device: torch.device) -> bool:

@@ -206,10 +206,11 @@ def _unit_columns(products: Tensor) -> tuple[Tensor, Tensor]:
     """``(number, cols, r)`` with columns at norm one, and whether each was above the rounding of
     the largest one of its matrix, ``(number, 1, r)``.
     """
-    norms = torch.linalg.vector_norm(products, dim=-2, keepdim=True)
+    full = products.double()  # squares in fp32 over- and underflow
+    norms = torch.linalg.vector_norm(full, dim=-2, keepdim=True)
     floor = 10 * torch.finfo(products.dtype).eps
     is_kept = torch.gt(norms, floor * norms.amax(-1, keepdim=True))
-    return products / torch.where(norms > 0, norms, 1.0), is_kept
+    return (full / torch.where(norms > 0, norms, 1.0)).to(products.dtype), is_kept
 
 
 def orthonormal(x: Tensor) -> Tensor:

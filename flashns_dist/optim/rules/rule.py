@@ -52,8 +52,9 @@ class MatrixRule:
         dtype = torch.promote_types(param.dtype, torch.float32)
         device = getattr(param, "_local_tensor", param).device
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        for name in self.local_states:
-            state[name] = torch.zeros_like(param, dtype=dtype)
+        for name in self.local_states:  # row-major, so that convolutions can be viewed as matrices
+            kept = torch.contiguous_format
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=kept)
         sizes: dict[str, int] = {}
         for block in blocks:
             for name, size in self.block_states(group, block).items():
