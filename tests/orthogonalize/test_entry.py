@@ -117,6 +117,20 @@ def test_a_tall_matrix_gives_the_transpose_of_the_wide_one(method):
     assert torch.allclose(tall.mT, orthogonalize(x, method=method), atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_autocast_around_it_changes_nothing(method):
+    x = gaussian(2, 24, 40)
+
+    def call(t):
+        return [orthogonalize(t, method=method, dtype=dtype) for dtype in DTYPES]
+
+    expected = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call(x) + torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    for result, right in zip(found, expected * 2, strict=True):
+        assert torch.equal(result, right)
+
+
 def test_no_gradient_flows_through():
     x = gaussian(8, 12).requires_grad_()
     assert not orthogonalize(x).requires_grad
