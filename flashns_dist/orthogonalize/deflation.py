@@ -81,7 +81,9 @@ def deflate(
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
     n, unit = wide.shape[-2], scale / size
-    signs = _signs(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
+    # Nothing is kept from or for FakeTensorMode, whose tensors have no data.
+    make = _signs if type(x) is Tensor else _hashed_signs
+    signs = make(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
     sketch = kernels.product(signs.expand(x.shape[0], -1, -1), wide, alpha=scale)
     # X Y has norm size^2 at most, and float16 holds size. Its long sums are worth many programs:
     # there are more of them with n rows than with k.

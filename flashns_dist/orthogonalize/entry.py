@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Optional, TypeAlias
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Optional, TypeAlias
 
 import torch
 from torch import Tensor
@@ -101,11 +102,20 @@ def _orthogonalize(
     # CPU libraries may sum in another order for another batch size, so there each matrix is alone.
     batches = flat.split(1) if x.device.type == "cpu" else (flat,)
     transpose = rows > columns
-    results = [
-        algorithm.iteration(kernels, batch, chosen, dtype=iteration_dtype, transpose=transpose)
-        for batch in batches
-    ]
+    with _without_autocast(x.device.type):
+        results = [
+            algorithm.iteration(kernels, batch, chosen, dtype=iteration_dtype, transpose=transpose)
+            for batch in batches
+        ]
     return torch.cat(results).reshape(x.shape) if len(results) > 1 else results[0].reshape(x.shape)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products in the dtypes that they are given, where the caller has torch.autocast on."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _coefficients(method: str, coefficients: CoefficientsLike) -> Coefficients:

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
 from flashns_dist.optim.early import fingerprint
 from flashns_dist.plan import CostModel
+from flashns_dist.testing.gpus import has_gpus
 from flashns_dist.testing.pool import RankPool, rank_device
 
 WIDTH, STEPS = 20, 5
@@ -239,9 +240,9 @@ def test_weights_are_those_without_overlap(
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[RankPool]:
-    """Ranks whose Triton kernels run in the interpreter where there is no GPU."""
+    """Ranks whose Triton kernels run in the interpreter where they are on the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    pool = RankPool(2, interpret=not torch.cuda.is_available())
+    pool = RankPool(2, interpret=not has_gpus(2))
     yield pool
     pool.close()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flashns_dist.orthogonalize import METHODS, POLAR_EXPRESS, Coefficients, orthogonalize
 
@@ -115,6 +116,34 @@ def test_a_tall_matrix_gives_the_transpose_of_the_wide_one(method):
     x = gaussian(2, 24, 40)
     tall = orthogonalize(x.mT.contiguous(), method=method)
     assert torch.allclose(tall.mT, orthogonalize(x, method=method), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_autocast_around_it_changes_nothing(method):
+    x = gaussian(2, 24, 40)
+
+    def call(t):
+        return [orthogonalize(t, method=method, dtype=dtype) for dtype in DTYPES]
+
+    expected = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call(x) + torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    for result, right in zip(found, expected * 2, strict=True):
+        assert torch.equal(result, right)
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fake_tensors_give_fake_ones_and_leave_nothing_behind(method, dtype):
+    """As where the memory of a training step is estimated before it is run."""
+    orthogonalize(gaussian(8, 9), method=method)  # searches for restarts, with data
+    for _ in range(2):
+        with FakeTensorMode():
+            fake = orthogonalize(torch.empty(2, 70, 101, dtype=dtype), method=method)
+        assert isinstance(fake, FakeTensor)
+        assert fake.shape == (2, 70, 101)
+        result = orthogonalize(gaussian(2, 70, 101, dtype=dtype), method=method)
+        assert type(result) is torch.Tensor
 
 
 def test_no_gradient_flows_through():

@@ -1,6 +1,8 @@
 """Measured choices: the disk cache, and which backend a product gets."""
 
 import json
+import pwd
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,23 @@ def test_damaged_files_count_as_absent(tmp_path):
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     cache = TuningCache(tmp_path / "file" / "below")
+    cache.store("a", 1, {})
+    assert cache.lookup("a") == 1
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    for name in ("FLASHNS_DIST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert not cache_folder().is_file()
+    cache = TuningCache()
+    assert cache.lookup("a") is None
     cache.store("a", 1, {})
     assert cache.lookup("a") == 1
 

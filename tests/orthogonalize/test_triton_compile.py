@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from flashns_dist.orthogonalize.deflation import BASIS_ROW, SHRINK_ROW
 from flashns_dist.orthogonalize.kernels import small_triton, triton_configs as configs
-from flashns_dist.orthogonalize.kernels.triton_normalize import inverse_norms_kernel
+from flashns_dist.orthogonalize.kernels.triton_normalize import (
+    inverse_norms_kernel, scale_transpose_kernel)
 from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
@@ -90,6 +91,10 @@ def smalls(arch):
         scale=fp32, weight=fp32)
     yield small(inverse_norms_kernel, arch, {"CHUNKS": 256}, sums=fp32, levels="*i32", out=fp32,
         scale="fp32")
+    # Triton makes a constant of a size that is one.
+    one = {"SCALE_EACH": False, "BLOCK": 64, "STEPS": 4, "CHUNKS": 4, "rows": 1}
+    yield small(scale_transpose_kernel, arch, one, x="*fp16", sums=fp32, levels="*i32", out="*fp16",
+        norms=fp32, scale="fp32")
     shape = {"K": 64, "BLOCK": 64, "PRECISION": "tf32x3"}
     half = {"image": "*bf16", "signs": "*bf16", "a": "*bf16", "size": "fp32"}
     yield small(small_triton.shrink_basis_kernel, arch, shape | {"ROW": BASIS_ROW}, 4, 4, **half)

@@ -170,14 +170,13 @@ def scale_transpose_kernel(
     if (block_row == 0) & (block_col == 0):
         tl.store(norms + batch, norm)
     c = block_col * BLOCK + tl.arange(0, BLOCK)
-    size = rows.to(tl.int64) * cols
     for step in tl.range(0, STEPS):
         r = (block_row * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         mask = (r[:, None] < rows) & (c[None, :] < cols)
         source = batch * stride_b + r[:, None].to(tl.int64) * cols + c[None, :]
         values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
         result = ((values * pre) * post).to(out.dtype.element_ty)
-        target = batch * size + c[:, None].to(tl.int64) * rows + r[None, :]
+        target = batch * rows * cols + c[:, None].to(tl.int64) * rows + r[None, :]
         tl.store(out + target, result.T, mask=(c[:, None] < cols) & (r[None, :] < rows))
 
 

@@ -16,12 +16,18 @@ TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
 
 
 def cache_folder() -> Path:
-    """``$FLASHNS_DIST_CACHE``, or ``flashns_dist`` in the user's cache folder."""
+    """``$FLASHNS_DIST_CACHE``, or ``flashns_dist`` in the user's cache folder.
+
+    For a user without a home, as containers have them, a place that can hold no file.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashns_dist"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "flashns_dist"
+    except RuntimeError:
+        return Path(os.devnull) / "flashns_dist"
 
 
 def tuning_requested() -> bool:
