@@ -59,7 +59,7 @@ class FusedPasses:
         self._groups = groups
         self._device = bound[0].local(bound[0].storage).device
         self._kinds: dict[tuple[int, tuple[int, int]], int] = {}
-        self._made_for = self._fixed(groups)
+        self._made_for = self._fixed(groups, self._weights())
         self.not_fused: list[str] = []
         self._buckets = [self._bucket(bucket, stacks) for bucket, stacks in enumerate(batches)]
         self._parameters = torch.zeros((len(bound), 3), dtype=torch.int64, device=self._device)
@@ -175,10 +175,14 @@ class FusedPasses:
         key = (self._bound[tensor].group_index, block.shape)
         return self._kinds.setdefault(key, len(self._kinds))
 
-    def _fixed(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[object, object]]:
+    def _weights(self) -> list[Tensor]:
+        return [bound.local(bound.storage) for bound in self._bound]
+
+    def _fixed(
+        self, groups: Sequence[Mapping[str, Any]], weights: Sequence[Tensor]
+    ) -> list[tuple[object, object]]:
         """What decides whether the kernels take a piece: settings, and the weights' memory."""
         indices = sorted({bound.group_index for bound in self._bound})
-        weights = [bound.local(bound.storage) for bound in self._bound]
         return [
             *((groups[i]["update_rule"], groups[i]["rounding"]) for i in indices),
             *((weight.dtype, weight.is_contiguous()) for weight in weights),
@@ -202,17 +206,18 @@ class FusedPasses:
         self._groups = groups
         addresses = []
         dtypes: set[torch.dtype | None] = set()
-        for bound, gradient in zip(self._bound, gradients, strict=True):
+        weights = self._weights()
+        for bound, weight, gradient in zip(self._bound, weights, gradients, strict=True):
             found = 0
             if gradient is not None and gradient.numel():
                 dtypes.add(gradient.dtype if gradient.is_contiguous() else None)
                 found = gradient.data_ptr()
             momentum = bound.local(state[bound.storage]["momentum_buffer"])
-            weight = bound.local(bound.storage)
             if weight.is_contiguous() and not momentum.is_contiguous():  # as loaded
                 dtypes.add(None)
             addresses.append((found, momentum.data_ptr(), weight.data_ptr()))
-        usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES} and self._fixed(groups) == self._made_for
+        usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES}
+        usable = usable and self._fixed(groups, weights) == self._made_for
         self._gradient_dtype = (dtypes or {torch.float32}).pop() if usable else None
         self._is_aligned = all(address % 16 == 0 for row in addresses for address in row)
         self._upload(self._parameters, addresses)
