@@ -191,7 +191,8 @@ def _identity(tensor: Tensor) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """A DTensor's local shard, or the tensor itself; detached."""
     local: Any = getattr(tensor, "_local_tensor", tensor)
-    if type(local) is not Tensor and hasattr(local, "wait"):  # an AsyncCollectiveTensor, whose own address is 0
+    if type(local) is not Tensor and hasattr(local, "wait"):
+        # An AsyncCollectiveTensor, whose own address is 0.
         local = local.wait()
     return local.detach()  # type: ignore[no-any-return]
 
