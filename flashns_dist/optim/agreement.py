@@ -14,7 +14,7 @@ from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
 
 _HAS, _LACKS, _NONFINITE, _LARGEST, _MINUS_LARGEST = range(5)
-_ERROR, _BAD_VALUE, _FOUND_INF = range(3)
+_ERROR, _BAD_VALUE, _FOUND_INF, _SEVERAL = range(4)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def agree_on_gradients(
     """Compare the gradients across ranks.
 
     Collectives: one small ``all_reduce`` on each process group, from the smallest to the largest so
-    that what one group finds reaches the others; one more on each where none spans the world; more
-    only where ranks differ. Waits for the device once per process group.
+    that what one group finds reaches the others; where none spans the world, one more on each, back
+    to the smallest; more only where ranks differ. Waits for the device once per process group.
 
     Args:
         bound: All parameters.
@@ -64,6 +64,7 @@ def agree_on_gradients(
     device = bound[0].local(bound[0].storage).device
     flags = [0.0] * 5
     flags[_ERROR] = float(problem is not None)
+    flags[_SEVERAL] = float(len(members) > 1)
     if found_inf is not None:
         flags[_FOUND_INF] = float(found_inf.max())
     error: Exception | None = None if problem is None else ValueError(problem)
@@ -87,11 +88,12 @@ def agree_on_gradients(
     largest = bound[members[-1][0]].process_group
     spans_world = largest is None or dist.get_world_size(largest) == dist.get_world_size()
     if not spans_world:
-        for indices in members:
+        for indices in reversed(members):  # back the way that flags came, and on
             values = torch.tensor(flags, dtype=torch.float64, device=device)
             flags = agree_on_largest(values, bound[indices[0]].process_group).tolist()
     if flags[_ERROR]:
-        _raise(error, largest if spans_world or len(members) == 1 else None)
+        # Of a group that not all of its ranks take for their largest, some would not come.
+        _raise(error, largest if spans_world or not flags[_SEVERAL] else None)
     return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
 
 

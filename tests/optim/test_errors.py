@@ -329,6 +329,36 @@ def test_a_nonfinite_gradient_stops_other_groups_too(ranks: RankPool, row_axis_t
     ranks.run(4, nonfinite_in_a_smaller_group, row_axis_too)
 
 
+def wrong_at_the_end_of_a_chain(kind: str) -> None:
+    """Ranks 1 and 2 share no group, and neither do their groups: 0 and 3 do."""
+    device, rank = rank_device().type, dist.get_rank()
+    pairs = init_device_mesh(device, (2, 2), mesh_dim_names=("a", "b"))["b"]
+    middle = DeviceMesh(device, [0, 3])
+    placed = []
+    for name, mesh in (("pairs", pairs), ("middle", middle)):
+        if name == "pairs" or rank in (0, 3):
+            value = torch.ones(6, 8, device=rank_device())
+            param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None))
+            placed.append((name, param))
+    optimizer = FlashMuon(with_gradients(placed))
+    param = dict(placed)["pairs"]
+    if kind == "nonfinite":
+        if rank == 2:
+            param.grad.to_local().fill_(float("nan"))
+        expect_error(optimizer, (FloatingPointError,), "NaN or an infinity")
+        return
+    if rank == 2:
+        local = torch.ones(6, 8, device=rank_device())
+        param.grad = DTensor.from_local(local, pairs, [Partial()])
+    word = "placements" if rank == 2 else "no rank does"
+    expect_error(optimizer, (ValueError, RuntimeError), word)
+
+
+@pytest.mark.parametrize("kind", ["nonfinite", "placement"])
+def test_one_gradient_stops_a_chain_of_groups(ranks: RankPool, kind: str) -> None:
+    ranks.run(4, wrong_at_the_end_of_a_chain, kind)
+
+
 def mesh_of_some_ranks() -> None:
     """Ranks 0 and 1 make the group of their mesh without rank 2, whose mesh has one dim."""
     world, device = dist.group.WORLD, rank_device()
