@@ -350,9 +350,8 @@ def wrong_at_the_end_of_a_chain(kind: str) -> None:
     if rank == 2:
         local = torch.ones(6, 8, device=rank_device())
         param.grad = DTensor.from_local(local, pairs, [Partial()])
-    expect_error(
-        optimizer, (ValueError, RuntimeError), "placements" if rank == 2 else "no rank does"
-    )
+    word = "placements" if rank == 2 else "no rank does"
+    expect_error(optimizer, (ValueError, RuntimeError), word)
 
 
 @pytest.mark.parametrize("kind", ["nonfinite", "placement"])
