@@ -17,6 +17,8 @@ from flashns_dist.orthogonalize.methods import check_coefficients, find_method
 CoefficientsLike: TypeAlias = Coefficients | str | Iterable[Iterable[float]]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_MATRICES = 65535
+"""At a time: CUDA's bound on the second and third dimension of a grid, where kernels have them."""
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def _orthogonalize(
     shape = (flat.shape[0], min(rows, columns), max(rows, columns))
     kernels = get_kernels(backend, device=x.device, shape=shape, dtype=iteration_dtype)
     # CPU libraries may sum in another order for another batch size, so there each matrix is alone.
-    batches = flat.split(1) if x.device.type == "cpu" else (flat,)
+    batches = flat.split(1 if x.device.type == "cpu" else _MOST_MATRICES)
     transpose = rows > columns
     with _without_autocast(x.device.type):
         results = [

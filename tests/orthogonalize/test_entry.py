@@ -1,5 +1,7 @@
 """The public function: shapes, dtypes, scales, batches, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -94,6 +96,19 @@ def test_a_matrix_does_not_depend_on_its_batch(method):
                 alone = orthogonalize(x[part], method=method, dtype=dtype)
                 assert torch.equal(alone, together[part])
             assert torch.equal(orthogonalize(x[4], method=method, dtype=dtype), together[4])
+
+
+def test_no_batch_exceeds_cudas_grids(monkeypatch):
+    sizes = []
+
+    def iteration(kernels, x, *_, **options):
+        sizes.append(len(x))
+        return x.clone()
+
+    monkeypatch.setitem(METHODS, "gram", replace(METHODS["gram"], iteration=iteration))
+    x = torch.empty(2, 35000, 2, 3, device="meta")
+    assert orthogonalize(x, method="gram").shape == x.shape
+    assert sizes == [65535, 4465]
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
