@@ -113,20 +113,24 @@ def _apply_overrides(
 
 
 def rules_by_kin(
-    names: Mapping[Tensor, str], rules: Mapping[Tensor, str]
+    names: Mapping[Tensor, str], told: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[Tensor, frozenset[str]]:
     """For each parameter, the update rules of its kind of parameter in all layers.
 
     Megatron's checkpoints stack the layers: a state that one of them has, all must have.
 
     Collectives: an ``all_gather_object`` on the world.
+
+    Args:
+        names: Of all parameters of this rank.
+        told: As ``group_settings`` gives.
     """
     kinds = {
-        param: re.sub(r"(^chunk|\.|weight)\d+(?=\.|$)", r"\1*", names[param]) for param in rules
+        param: re.sub(r"(^chunk|\.|weight)\d+(?=\.|$)", r"\1*", names[param]) for param in told
     }
     here: dict[str, set[str]] = {}
-    for param, rule in rules.items():
-        here.setdefault(kinds[param], set()).add(rule)
+    for param, settings in told.items():
+        here.setdefault(kinds[param], set()).add(settings["update_rule"])
     everywhere: list[dict[str, set[str]]] = [here] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     return {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .command_line import NAME, install_arguments
-from .grouping import group_settings
+from .grouping import group_settings, parameter_names, rules_by_kin
 from .internals import (
     add_overrides,
     built_as_adam,
@@ -71,10 +71,11 @@ def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
             check_skipping(config, model_chunks)
         added = group_settings(model_chunks, config, resolved.settings)
         overrides = add_overrides(config, config_overrides, added)
+        kin = rules_by_kin(parameter_names(model_chunks), added)
         _print(resolved, added)
         with (
             built_as_adam(config, skips_nonfinite=skips),
-            intercepted_builder(lambda part, built: adopt(part, built, resolved)),
+            intercepted_builder(lambda part, built: adopt(part, built, resolved, kin)),
         ):
             return original(config, model_chunks, overrides, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from flashns_dist.optim import BoundParameter, FlashMuon
 from flashns_dist.optim.settings import init_state, is_matrix_rule
 
 from .checkpoints import CLASSES, state_names_of
-from .grouping import owners, parameter_names, rules_by_kin
+from .grouping import owners, parameter_names
 from .internals import (
     VERSION,
     Grid,
@@ -33,15 +33,21 @@ from .matrices import Description, describe
 from .settings import Resolved, Transposed
 
 
-def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
+def adopt(
+    optimizer: Any,
+    built: Mapping[str, Any],
+    resolved: Resolved,
+    kin: Mapping[Tensor, frozenset[str]],
+) -> None:
     """Replace the Adam inside one of Megatron's optimizers by FlashMuon.
 
     Args:
         optimizer: As Megatron built it; changed in place.
         built: The builder's arguments, and the parameters of each group under ``"members"``.
         resolved: Settings.
+        kin: For each parameter, the update rules of its kind of parameter in all layers.
 
-    Collectives: as ``find_grid`` and ``rules_by_kin``.
+    Collectives: as ``find_grid``.
     """
     if optimizer.optimizer is None:
         return  # no trainable parameters on this rank
@@ -70,7 +76,6 @@ def adopt(optimizer: Any, built: Mapping[str, Any], resolved: Resolved) -> None:
     optimizer.init_state_fn = _no_state
     binding = Binding(optimizer, chunks, grid, group_index, resolved)
     rules = {param: groups[i]["update_rule"] for param, i in group_index.items()}
-    kin = rules_by_kin(parameter_names(chunks), rules)
     if is_distributed(optimizer):
         repair_index_map(optimizer)
         optimizer.flashmuon_rules, optimizer.flashmuon_kin = rules, kin
