@@ -24,6 +24,9 @@ from flashns_dist.optim.state import plain_state_dict
 from .internals import schedule_is_the_checkpoints
 from .support import check_sharding_type
 
+OVERRIDES = "flashmuon_overrides"
+"""Key of a group: this run's --flashmuon-overrides, as text."""
+
 _IDENTITY = ("update_rule", "is_transposed", "wd_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
@@ -244,7 +247,7 @@ def restored_groups(
     ``--use-checkpoint-opt_param-scheduler``, peak and lowest learning rate are the checkpoint's.
 
     Raises:
-        ValueError: The checkpoint lacks a group.
+        ValueError: The checkpoint lacks a group, or was written with other overrides.
     """
     available: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for group in saved:
@@ -263,6 +266,12 @@ def restored_groups(
                 "--flashmuon-overrides: resume with the same, or with --no-load-optim."
             )
         theirs = same.pop(0)
+        # Megatron finds states by name: a matrix would take an AdamW's first moment as momentum.
+        if theirs.get(OVERRIDES, group.get(OVERRIDES)) != group.get(OVERRIDES):
+            raise ValueError(
+                f"the checkpoint was written with --flashmuon-overrides {theirs[OVERRIDES]}, this "
+                f"run has {group.get(OVERRIDES)}: resume with the same, or with --no-load-optim."
+            )
         scheduled = {key: theirs[key] for key in kept if key in theirs}
         others = {k: v for k, v in theirs.items() if k not in ("params", "step")}
         restored.append({**others, **group, **scheduled})

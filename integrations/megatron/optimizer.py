@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashns_dist.optim import BoundParameter, FlashMuon
 from flashns_dist.optim.settings import init_state, is_matrix_rule
 
-from .checkpoints import CLASSES, state_names_of
+from .checkpoints import CLASSES, OVERRIDES, state_names_of
 from .grouping import owners, parameter_names
 from .internals import (
     VERSION,
@@ -103,6 +103,7 @@ def _complete_group(
     if group.get("is_transposed"):
         settings["adjust_lr_fn"] = Transposed(settings["adjust_lr_fn"])
     kept = {key: value for key, value in group.items() if key not in adam}
+    kept[OVERRIDES] = repr(sorted(resolved.settings.overrides.items()))
     lr = group["max_lr"] if group.get("max_lr") is not None else group["lr"]
     return {**settings, "weight_decay": group["weight_decay"], **kept, "lr": lr}
 

@@ -210,8 +210,9 @@ def refuse(folder: str) -> list[str]:
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
         second = replace(PLAIN, settings={"update_rule": "adamuon"})
-        for kind, saved, resumed in ((FULL, second, PLAIN), (BY_DATA, PLAIN, second)):
-            path = Path(folder) / kind
+        runs = ((FULL, second, PLAIN), (BY_DATA, PLAIN, second), (FULL, ONE_LAYER, PLAIN))
+        for number, (kind, saved, resumed) in enumerate(runs):
+            path = Path(folder) / str(number)
             path.mkdir()
             chunks = make_chunks(saved)
             save(str(path), chunks, make_optimizer(saved, chunks), kind)
@@ -233,6 +234,9 @@ def test_other_formats_and_other_optimizers_are_refused_by_name(
         strict=True,
     ):
         assert f"checkpoint format {kind}" in message
-    assert len(messages) == 7
-    for message in messages[4:]:
+    assert len(messages) == 8
+    for message in messages[4:7]:
         assert message.startswith("ValueError: the checkpoint has no parameter group with")
+    assert messages[7].startswith(
+        "ValueError: the checkpoint was written with --flashmuon-overrides"
+    )
