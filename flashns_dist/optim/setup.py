@@ -166,9 +166,10 @@ class Setup:
     def _digest(self, bound: BoundParameter) -> str:
         """What must agree between ranks about a parameter."""
         group = self._groups[bound.group_index]
-        keys = ("update_rule", "nesterov", "cautious", "rounding", "betas")
+        keys = ("update_rule", "nesterov", "cautious", "rounding")
         setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
-        setting += [float(group[key]) for key in ("lr", "weight_decay", "momentum", "eps")]
+        scalars = [group[key] for key in ("lr", "weight_decay", "momentum", "eps")]
+        setting += [float(value) for value in (*scalars, *group["betas"])]  # tensors, perhaps
         scale = group["adjust_lr_fn"]
         setting.append(getattr(scale, "__qualname__", "a function") if callable(scale) else scale)
         facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(group), self._early)
