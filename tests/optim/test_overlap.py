@@ -145,6 +145,13 @@ def scheduled(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
         optimizer.param_groups[0]["momentum"] = 0.8
 
 
+def planned_anew(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """A setting that matrices are batched by changes while buckets are under way."""
+    backward(model, step)
+    if step == 2:
+        optimizer.param_groups[0]["method"] = "aol"
+
+
 def edited(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     """What no version counter sees: one rank writes into memory; a gradient goes."""
     backward(model, step)
@@ -296,6 +303,12 @@ def test_what_changes_gradients_makes_steps_gather_again(
         else:
             assert len(messages) == (message is not None)
         assert message is None or re.search(message, messages[0])
+
+
+def test_planning_anew_drops_what_was_sent(ranks: RankPool) -> None:
+    for _, messages in ranks.run(2, compare, "fsdp", planned_anew, {}):
+        assert len(messages) == 1
+        assert "groups or states have changed since the backward pass" in messages[0]
 
 
 def test_one_ranks_edit_makes_all_gather_again(ranks: RankPool) -> None:

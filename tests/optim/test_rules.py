@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil, sqrt
 
 import pytest
@@ -387,6 +387,19 @@ def test_low_precision_lion_keeps_an_fp32_momentum() -> None:
     assert torch.equal(param.detach(), torch.full((8,), 0.75).bfloat16())
 
 
+def step_together_and_apart(
+    step: int,
+    together: Sequence[nn.Parameter],
+    apart: Sequence[nn.Parameter],
+    optimizers: Sequence[FlashMuon],
+) -> None:
+    """A step of all optimizers, with the same gradients for both copies of the parameters."""
+    for index, (a, b) in enumerate(zip(together, apart, strict=True)):
+        a.grad, b.grad = (gradient(index, step, tuple(a.shape)) for _ in range(2))
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def test_groups_with_different_rules_are_one_optimizer() -> None:
     together, apart = parameters(), parameters()
     rules = ("muon", "normuon", "normuon", "muon")
@@ -400,10 +413,7 @@ def test_groups_with_different_rules_are_one_optimizer() -> None:
         for param, rule in zip(apart, rules, strict=True)
     ]
     for step in range(3):
-        for index, (a, b) in enumerate(zip(together, apart, strict=True)):
-            a.grad, b.grad = (gradient(index, step, tuple(a.shape)) for _ in range(2))
-        for optimizer in optimizers:
-            optimizer.step()
+        step_together_and_apart(step, together, apart, optimizers)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
@@ -433,10 +443,7 @@ def test_a_groups_settings_may_change_between_steps(rule: str, change: dict[str,
             optimizers[2] = FlashMuon([{"params": [apart[1]], **view}], **settings)
             state["param_groups"][0].update(change)
             optimizers[2].load_state_dict(state)
-        for index, (a, b) in enumerate(zip(together, apart, strict=True)):
-            a.grad, b.grad = (gradient(index, step, tuple(a.shape)) for _ in range(2))
-        for optimizer in optimizers:
-            optimizer.step()
+        step_together_and_apart(step, together, apart, optimizers)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
