@@ -32,6 +32,7 @@ class Setup:
         bound: All of them, in the same order on every rank of a process group.
         groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
+        cuda_graph: Whether steps are replayed.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Setup:
         bound: Sequence[BoundParameter],
         groups: Callable[[], Sequence[dict[str, Any]]],
         options: ExchangeOptions,
+        cuda_graph: bool,
     ) -> None:
         self.bound = bound
+        self._cuda_graph = cuda_graph
         self._present = groups
         self._options = options
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
@@ -128,7 +131,7 @@ class Setup:
             digest = "none"
             if matrices:
                 digest = self.plan(matrices, [True] * len(matrices))[0].digest
-                digest += str(self._early)
+                digest += str((self._early, self._cuda_graph))
             check_same_setup(entries, digest, first.process_group)
 
     def plan(self, indices: Sequence[int], active: Sequence[bool]) -> tuple[Plan, list[Matrix]]:

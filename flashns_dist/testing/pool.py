@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -100,7 +102,10 @@ class RankPool:
                         deadline = min(deadline, time.monotonic() + 5.0)
                 elif not process.is_alive():
                     answers[rank] = (False, f"died with exit code {process.exitcode}")
-        return [answer or (False, "no answer: hung in a collective?") for answer in answers]
+        return [
+            answer or (False, _whereabouts(process))
+            for answer, (process, _) in zip(answers, chosen, strict=True)
+        ]
 
     def _start(self) -> None:
         if self._workers:
@@ -124,7 +129,22 @@ class RankPool:
             process.kill()
             process.join()
             connection.close()
+            _calls_file(process.pid).unlink(missing_ok=True)
         self._workers = []
+
+
+def _whereabouts(process: Any) -> str:
+    """Where a worker is that has not answered: its threads' calls."""
+    if hasattr(signal, "SIGUSR1") and process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)  # written by C code, whatever holds Python's lock
+        time.sleep(0.5)
+    calls = _calls_file(process.pid)
+    text = calls.read_text() if calls.exists() else ""
+    return f"no answer: hung in a collective?\n{text}"
+
+
+def _calls_file(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"flashns-dist-calls-{pid}"
 
 
 def _num_threads(process: Any) -> int:
@@ -144,6 +164,9 @@ def _work(
     connection: Connection, rank: int, backend: str | None, paths: list[str], interpret: bool
 ) -> None:
     """The worker's loop: receive a job, run it in a process group of its size, answer."""
+    calls = _calls_file(os.getpid()).open("w")
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=calls)
     os.environ.pop("TRITON_INTERPRET", None)
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"

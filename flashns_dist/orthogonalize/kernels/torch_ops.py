@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar, column, is_number
 
 _HALF = (torch.float16, torch.bfloat16)
+_INEXACT = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
 _CUBLAS_WIDENS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
+
+
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """cuBLAS adds half products in fp32; by default it may add parts of a sum in fp16."""
+    matmul = torch.backends.cuda.matmul
+    allowed = [name for name in _INEXACT if getattr(matmul, name, False)]
+    for name in allowed:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name in allowed:
+            setattr(matmul, name, True)
 
 
 class TorchKernels:
@@ -90,6 +112,7 @@ class TorchKernels:
         return _deliver(result, dtype or x.dtype, out)
 
 
+@exact_sums()
 def _combine(
     a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar, dtype: torch.dtype
 ) -> Tensor:
