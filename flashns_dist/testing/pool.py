@@ -53,6 +53,7 @@ class RankPool:
         self._backend = backend
         self._interpret = interpret
         self._workers: list[tuple[Any, Connection]] = []
+        self._in_group: list[tuple[Any, Connection]] = []  # those of the last job
         atexit.register(self.close)
 
     def run(
@@ -73,10 +74,11 @@ class RankPool:
             raise ValueError(f"world_size={world_size} is more than the pool's {self._size}")
         if any(_num_threads(process) > _MOST_THREADS for process, _ in self._workers):
             self.close()
+        self._leave()
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
-            chosen = self._workers[:world_size]
+            chosen = self._in_group = self._workers[:world_size]
             for _, connection in chosen:
                 connection.send_bytes(pickle.dumps(job))
             answers = self._collect(chosen, timeout)
@@ -107,6 +109,18 @@ class RankPool:
             for answer, (process, _) in zip(answers, chosen, strict=True)
         ]
 
+    def _leave(self) -> None:
+        """Let the last job's ranks leave its group, all together: NCCL waits for the others."""
+        try:
+            for _, connection in self._in_group:
+                connection.send_bytes(pickle.dumps(None))
+            has_left = all(ok for ok, _ in self._collect(self._in_group, 60.0))
+        except OSError:  # a worker has died
+            has_left = False
+        if not has_left:
+            self.close()
+        self._in_group = []
+
     def _start(self) -> None:
         if self._workers:
             return
@@ -130,7 +144,7 @@ class RankPool:
             process.join()
             connection.close()
             _calls_file(process.pid).unlink(missing_ok=True)
-        self._workers = []
+        self._workers, self._in_group = [], []
 
 
 def _whereabouts(process: Any) -> str:
@@ -175,17 +189,20 @@ def _work(
     num_frozen = 0  # modules
     while True:
         try:
-            module, name, args, world_size, rendezvous = pickle.loads(connection.recv_bytes())
+            job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            num_frozen = _leave_group(num_frozen)
-            _join_group(rank, world_size, rendezvous, backend)
-            body: Any = importlib.import_module(module)
-            for part in name.split("."):
-                body = getattr(body, part)
-            # The group is left by the next job: others may still be connecting to this rank.
-            answer = (True, body(*args))
+            answer: tuple[bool, Any] = (True, None)
+            if job is None:
+                num_frozen = _leave_group(num_frozen)
+            else:
+                module, name, args, world_size, rendezvous = job
+                _join_group(rank, world_size, rendezvous, backend)
+                body: Any = importlib.import_module(module)
+                for part in name.split("."):
+                    body = getattr(body, part)
+                answer = (True, body(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
