@@ -116,14 +116,14 @@ class TorchKernels:
 def _combine(
     a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar, dtype: torch.dtype
 ) -> Tensor:
-    """``alpha * a b + beta * c``: of half operands in fp32, unless cuBLAS rounds it to ``dtype``.
+    """``alpha * a b + beta * c``: of half operands in fp32, unless cuBLAS rounds ``a b`` itself.
 
-    Rounding a product before it is added to would be felt where most of a sum cancels.
+    Rounding a product before it is added to would be felt where most of a sum cancels; on an H200,
+    torch.baddbmm did that.
     """
     if a.dtype in _HALF:
-        alike = all(t.dtype == dtype for t in (a, b, a if c is None else c))
-        numbers = is_number(alpha) and is_number(beta) and (c is not None or alpha == 1.0)
-        if not (a.is_cuda and alike and numbers):
+        alone = a.dtype == b.dtype == dtype and c is None and is_number(alpha) and alpha == 1.0
+        if not (a.is_cuda and alone):
             result = _wide_product(a, b)
             if not is_number(alpha) or alpha != 1.0:
                 result *= column(alpha)
