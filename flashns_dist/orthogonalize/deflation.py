@@ -27,6 +27,7 @@ import math
 import torch
 from torch import Tensor
 
+from flashns_dist.orthogonalize.bound import spectral_bound
 from flashns_dist.orthogonalize.coefficients import slope
 from flashns_dist.orthogonalize.kernels import small
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
@@ -127,10 +128,9 @@ def shrink_factors(
     # difference, a twentieth of its terms.
     wide = image.to(torch.promote_types(image.dtype, torch.float32))
     inner = kernels.symmetric(wide, signs.to(wide.dtype).mT.expand(len(wide), -1, -1), alpha=size)
-    trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
-    inverse = 1 / torch.where(trace == 0, 1, trace)
-    factor = step_factor(kernels, inner, BASIS_ROW, inverse)
-    root = size * inverse.sqrt()
+    scale, square = spectral_bound(kernels, inner)
+    factor = step_factor(kernels, inner, BASIS_ROW, scale, square)
+    root = size * scale.sqrt()
     a = kernels.product(
         factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=image.dtype
     )
