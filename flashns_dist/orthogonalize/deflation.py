@@ -15,9 +15,10 @@ spectrum, and the reach that five Polar Express steps need falls by the same fac
 
 The columns of ``A`` are ``X`` times a nearly orthonormal basis of ``X^T Omega``, for fixed random
 signs ``Omega``: one step of subspace iteration. The basis is made orthonormal by one Newton-Schulz
-step of degree 17, normalized by the tight bound of ``bound.py``: of 60 equal singular values a
-tenth of the sketch's Frobenius norm would leave half unshrunk. So there is no QR, no eigenvalue
-solver and nothing that depends on the data's values. Everything is linear in the size of ``X``: about five passes over its memory, and
+step of degree 17, so that there is no QR, no eigenvalue solver and nothing that depends on the
+data's values. It is normalized by the tight bound of ``bound.py``, because random directions are
+ill-conditioned where nearly ``k`` singular values are equal: of 60, the sketch holds 28 below a
+tenth of its Frobenius norm, but only 8 below an eighth of that bound. Everything is linear in the size of ``X``: about five passes over its memory, and
 ``8 k n m`` FLOPs.
 """
 
