@@ -13,7 +13,7 @@ from flashns_dist.orthogonalize.deflation import (
 )
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.solver import minimax_row, step_multiplier, step_value
-from flashns_dist.testing.spectra import adversarial, spectra
+from flashns_dist.testing.spectra import adversarial, flat_tops, spectra
 
 KERNELS = TorchKernels()
 
@@ -95,6 +95,16 @@ def test_deflation_bounds_the_norm_and_keeps_the_polar_factor(aspect):
         polar = other_left @ other_right
         error = (polar - torch.eye(keep)).norm() / keep**0.5
         assert error < 0.05, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_bound_is_small_where_random_directions_are_ill_conditioned(dtype):
+    n = 384
+    for name, x in flat_tops(n, 1).items():
+        result = deflate(KERNELS, (x * (n / x.norm())).to(dtype)[None], float(n))
+        gram = KERNELS.gram(result.double(), alpha=1 / n**2)
+        # With 0.167 the two steps are as exact as five of Polar Express.
+        assert spectral_bound(KERNELS, gram)[0].item() ** -0.5 < 0.165, name
 
 
 @pytest.mark.parametrize("tall", [False, True])
