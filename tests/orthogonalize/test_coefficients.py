@@ -211,7 +211,7 @@ def test_the_command_line_prints_positions(capsys):
 
 
 def test_flop_counts_are_those_of_the_formulas():
-    n, m = 256, 1024
+    n, m = 1024, 4096
     for rows, columns in ((n, m), (m, n)):
         assert flop_count("gram", rows, columns) == 14 * n**3 + 6 * n**2 * m
         assert flop_count("standard", rows, columns) == 5 * (n**3 + 3 * n**2 * m)
