@@ -1,8 +1,8 @@
 """Matrices with chosen singular values, and measures of how well they were orthogonalized.
 
-Two suites: ``spectra`` is what momentum may look like and what a method should be accurate on;
-``adversarial`` is what breaks half-precision iterations and must stay bounded. Everything is
-float64 on the CPU. Benchmarks and tests share these, so that they measure the same thing.
+Three suites: ``spectra`` is what momentum may look like and what a method should be accurate on;
+``adversarial`` is what breaks half-precision iterations and must stay bounded; ``flat_tops`` is the
+worst for ``method="fast"``. Everything is float64 on the CPU. Benchmarks and tests share these, so that they measure the same thing.
 """
 
 from __future__ import annotations
@@ -119,6 +119,26 @@ def adversarial(n: int = 128, aspect: float = 4.0, seed: int = 100) -> dict[str,
         "repeated_rows": repeated_rows,
         "single_entry": single_entry,
         "ones": ones,
+    }
+
+
+def flat_tops(n: int = 256, aspect: float = 1.0, seed: int = 200) -> dict[str, Tensor]:
+    """Ten ``n x (aspect n)`` matrices with two clusters of singular values, within 1% each.
+
+    About as many large ones as ``fast`` shrinks, which its random directions hardly span, and all
+    others about where the reach of five Polar Express steps ends. ``n`` is at least 128. (LAPACK
+    may fail where they are exactly equal.)
+    """
+    cases = (
+        *((24, 0.007), (32, 0.01), (43, 0.0083), (48, 0.007), (56, 0.01)),
+        *((60, 0.01), (64, 0.01), (72, 0.01), (80, 0.02), (100, 0.02)),
+    )
+    m = int(n * aspect)
+    return {
+        f"flat_{top}_and_{rest:g}": with_singular_values(
+            _flat(n, top, rest) * _linear(1, 0.99, n), m, seed + index
+        )
+        for index, (top, rest) in enumerate(cases)
     }
 
 

@@ -23,6 +23,7 @@ from flashns_dist.orthogonalize import METHODS, orthogonalize
 from flashns_dist.testing.spectra import (
     PolarFactor,
     adversarial,
+    flat_tops,
     largest_singular_value,
     orthogonality_error,
     polar_factor,
@@ -47,6 +48,7 @@ def suites(rows: int, aspects: list[float], momentum: Path | None) -> Iterator[t
     for aspect in aspects:
         yield f"spectra, aspect {aspect:g}", spectra(rows, aspect)
         yield f"adversarial, aspect {aspect:g}", adversarial(rows, aspect)
+        yield f"flat tops, aspect {aspect:g}", flat_tops(rows, aspect)
     if momentum is not None:
         found = torch.load(momentum, weights_only=True)
         yield "momentum", {str(key): value.double() for key, value in found.items()}

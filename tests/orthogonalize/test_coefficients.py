@@ -187,8 +187,8 @@ def test_the_restarts_of_the_coefficients_win():
 def test_ordered_restarts_follow_cost_and_precision():
     half, brain = torch.float16, torch.bfloat16
     assert ordered_restarts(FAST, 100, 100, half) == (1,)
-    assert ordered_restarts(FAST, 256, 512, half) == ()
-    assert ordered_restarts(FAST, 192, 384, half) == (1,)  # Rounding weighs more here.
+    assert ordered_restarts(FAST, 768, 1536, half) == ()
+    assert ordered_restarts(FAST, 512, 1024, half) == (1,)  # Rounding weighs more here.
     assert ordered_restarts(FAST, 256, 512, brain) == (1,)
     assert ordered_restarts(UNBIASED, 100, 100, half) == (1, 2)
     assert len(ordered_restarts(UNBIASED, 100, 800, half)) == 1
@@ -211,7 +211,7 @@ def test_the_command_line_prints_positions(capsys):
 
 
 def test_flop_counts_are_those_of_the_formulas():
-    n, m = 256, 1024
+    n, m = 1024, 4096
     for rows, columns in ((n, m), (m, n)):
         assert flop_count("gram", rows, columns) == 14 * n**3 + 6 * n**2 * m
         assert flop_count("standard", rows, columns) == 5 * (n**3 + 3 * n**2 * m)

@@ -12,6 +12,7 @@ import torch
 from flashns_dist.orthogonalize import METHODS, orthogonalize
 from flashns_dist.testing.spectra import (
     adversarial,
+    flat_tops,
     largest_singular_value,
     orthogonality_error,
     polar_factor,
@@ -61,6 +62,22 @@ def test_bfloat16_input_passes_the_gates_of_float16(n, aspect, tall):
         result = result.mT if tall else result
         assert largest_singular_value(result) <= MAX_SIGMA, name
         assert orthogonality_error(result, exact) <= max(MAX_RATIO * reference, SMALL_ERROR), name
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "aspect"), [(192, 1), (256, 2), (400, 1), (768, 2)])
+def test_as_many_equal_singular_values_as_fast_shrinks_pass_the_gates(n, aspect, source):
+    for name, whole in flat_tops(n, aspect).items():
+        if n > 400 and name not in ("flat_56_and_0.01", "flat_72_and_0.01"):
+            continue
+        x = whole.to(source)
+        exact = polar_factor(whole if source == torch.float32 else x.double())
+        result = orthogonalize(x, method="fast", dtype=torch.float16)
+        assert largest_singular_value(result) <= MAX_SIGMA, name
+        error = orthogonality_error(result, exact)
+        if error > SMALL_ERROR:
+            reference = orthogonalize(x.float(), method="gram", dtype=torch.float16)
+            assert error <= MAX_RATIO * orthogonality_error(reference, exact), name
 
 
 @pytest.mark.parametrize("method", ["fast", "unbiased"])

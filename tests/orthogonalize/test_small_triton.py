@@ -26,6 +26,7 @@ from flashns_dist.testing.spectra import (  # noqa: E402
     orthogonality_error,
     polar_factor,
     spectra,
+    with_singular_values,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -48,7 +49,9 @@ def test_shrink_factors_are_those_of_the_separate_operations(backends, dtype, n,
     fused, reference = backends
     size = float(2 * n)
     suite = spectra(n, 4)
-    matrices = [suite[name] * (size / suite[name].norm()) for name in NAMES]
+    flat = torch.where(torch.arange(n) < 60, 1.0, 0.01)  # Hardly spanned by 64 directions.
+    matrices = [suite[name] for name in NAMES] + [with_singular_values(flat, 4 * n, 1)]
+    matrices = [matrix * (size / matrix.norm()) for matrix in matrices]
     x = torch.stack([*matrices, torch.zeros(n, 4 * n)]).to(dtype).to(DEVICE)
     signs = _signs(n, 64, dtype, x.device)
     sketch = reference.product(signs.expand(len(x), -1, -1), x)

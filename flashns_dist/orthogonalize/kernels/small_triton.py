@@ -11,9 +11,9 @@ from flashns_dist.orthogonalize.kernels.triton_tiles import triangle_row
 
 
 @triton.jit
-def _chain(m, identity, ROW: tl.constexpr, PRECISION: tl.constexpr):
-    """``h(m)`` of a nine-number row (see ``chain.py``), in fp32."""
-    u = ROW[0] * tl.dot(m, m, input_precision=PRECISION) + ROW[1] * m + ROW[2] * identity
+def _chain(m, square, identity, ROW: tl.constexpr, PRECISION: tl.constexpr):
+    """``h(m)`` of a nine-number row (see ``chain.py``), in fp32, given the square of ``m``."""
+    u = ROW[0] * square + ROW[1] * m + ROW[2] * identity
     w = ROW[3] * tl.dot(u, u, input_precision=PRECISION) + ROW[4] * m + ROW[5] * identity
     return ROW[6] * tl.dot(w, w, input_precision=PRECISION) + ROW[7] * m + ROW[8] * identity
 
@@ -28,6 +28,14 @@ def _shrink(m, identity, ROW: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.
     half = tl.dot(m, second, input_precision=PRECISION) + 2.0 * start * identity
     third = ROW[6] * tl.dot(second, half, input_precision=PRECISION) + ROW[7] * identity
     return third * WEIGHT
+
+
+@triton.jit
+def _relative_bound(fourth, rows):
+    """``bound.bound_scalars``' bound on the largest eigenvalue, for a Frobenius norm of one."""
+    variance = fourth / rows - 1.0 / (rows * rows)
+    variance = tl.where(variance < 0.0, 0.0, variance)  # no maximum: it would drop a NaN
+    return tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))
 
 
 @triton.jit
@@ -79,10 +87,14 @@ def shrink_basis_kernel(
     identity = (r[:, None] == r[None, :]).to(tl.float32)
     inner = _inner(image, signs, base, 0, n, K, BLOCK)
     inner = (inner + inner.T) * (0.5 * size)
-    trace = tl.sum(tl.sum(inner * identity, axis=1), axis=0)
-    inverse = tl.where(trace == 0.0, 1.0, 1.0 / trace)
-    factor = _chain(inner * inverse, identity, ROW, PRECISION)
-    factor = factor * (size * tl.sqrt(inverse))
+    norm = tl.sqrt(tl.sum(tl.sum(inner * inner, axis=1), axis=0))
+    norm = tl.where(norm < 1e-12, 1e-12, norm)
+    inner = inner / norm
+    square = tl.dot(inner, inner, input_precision=PRECISION)
+    fourth = tl.sum(tl.sum(square * square, axis=1), axis=0)
+    scale = 1.0 / _relative_bound(fourth, K)
+    factor = _chain(inner * scale, square * (scale * scale), identity, ROW, PRECISION)
+    factor = factor * (size * tl.sqrt(scale / norm))
     _multiply_chunk(factor, image, a, base, n, K, BLOCK, PRECISION)
 
 
@@ -170,13 +182,10 @@ def bound_scalars_kernel(
     """``bound.bound_scalars`` of one matrix."""
     batch = tl.program_id(0)
     f = tl.load(norm + batch)
-    # No maximum or minimum here either.
+    # No maximum here either.
     f = tl.where(f < 1e-12, 1e-12, f)
     ratio = _norm(sums, tiles, BLOCK) / f
-    rows = n * 1.0  # the compiler makes a constant of 1
-    variance = ratio * ratio / rows - 1.0 / (rows * rows)
-    variance = tl.where(variance < 0.0, 0.0, variance)
-    relative = tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))
-    inverse = 1.0 / (f * relative)
+    # The compiler makes a constant of 1, an integer.
+    inverse = 1.0 / (f * _relative_bound(ratio * ratio, n * 1.0))
     tl.store(scale + batch, inverse)
     tl.store(weight + batch, inverse * inverse * f)
