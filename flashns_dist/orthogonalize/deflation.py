@@ -18,8 +18,8 @@ signs ``Omega``: one step of subspace iteration. The basis is made orthonormal b
 step of degree 17, so that there is no QR, no eigenvalue solver and nothing that depends on the
 data's values. It is normalized by the tight bound of ``bound.py``, because random directions are
 ill-conditioned where nearly ``k`` singular values are equal: of 60, the sketch holds 28 below a
-tenth of its Frobenius norm, but only 8 below an eighth of that bound. Everything is linear in the size of ``X``: about five passes over its memory, and
-``8 k n m`` FLOPs.
+tenth of its Frobenius norm, but only 8 below an eighth of that bound. Everything is linear in the
+size of ``X``: about five passes over its memory, and ``8 k n m`` FLOPs.
 """
 
 from __future__ import annotations

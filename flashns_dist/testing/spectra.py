@@ -2,7 +2,8 @@
 
 Three suites: ``spectra`` is what momentum may look like and what a method should be accurate on;
 ``adversarial`` is what breaks half-precision iterations and must stay bounded; ``flat_tops`` is the
-worst for ``method="fast"``. Everything is float64 on the CPU. Benchmarks and tests share these, so that they measure the same thing.
+worst for ``method="fast"``. Everything is float64 on the CPU. Benchmarks and tests share these, so
+that they measure the same thing.
 """
 
 from __future__ import annotations
