@@ -258,20 +258,20 @@ def round_trip(seeds: list[int]) -> int:
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
         inputs: dict[int, dict[int, Tensor]] = {}
-        for bucket in range(len(plan.buckets) + 2):
-            if bucket < len(plan.buckets):
+        for turn, bucket in plan.order:
+            if turn == "gather":
                 held = exchange.schedules[bucket].held
                 directions = [piece.view(local[plan.matrices[i].tensor]) for i, piece in held]
                 into = inputs[bucket] = empty_inputs(plan, exchange, bucket)
                 gathers[bucket] = exchange.start_gather(bucket, directions, into)
-            if 0 <= bucket - 1 < len(plan.buckets):
-                into = inputs.pop(bucket - 1)
-                exchange.finish_gather(bucket - 1, gathers.pop(bucket - 1), into)
+            elif turn == "compute":
+                into = inputs.pop(bucket)
+                exchange.finish_gather(bucket, gathers.pop(bucket), into)
                 results = answer(plan, into, full, dtype)
-                scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
-            if 0 <= bucket - 2 < len(plan.buckets):
-                check_updates(plan, exchange, bucket - 2, scatters.pop(bucket - 2), full, dtype)
-                transferred += len(exchange.schedules[bucket - 2].held)
+                scatters[bucket] = exchange.start_scatter(bucket, results)
+            else:
+                check_updates(plan, exchange, bucket, scatters.pop(bucket), full, dtype)
+                transferred += len(exchange.schedules[bucket].held)
         assert exchange.buffer_bytes == reserved
         check_inputs_unchanged(plan, rank, local, full)
     return transferred
