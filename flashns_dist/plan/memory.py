@@ -47,8 +47,13 @@ def bucket_memory(
         wire_itemsize: Bytes per element that travels.
     """
     workspace = [0] * len(traffic.owned)
+    known: dict[int, int] = {}  # owners of the same have one object in common
     for rank, counts in batches.items():
-        workspace[rank] = max(count * each for (_, _, each), count in counts.items())
+        most = known.get(id(counts))
+        if most is None:
+            most = max(count * each for (_, _, each), count in counts.items())
+            known[id(counts)] = most
+        workspace[rank] = most
     each = max((matrices[index].pass_bytes for index in bucket), default=0.0)
     return BucketMemory(
         [n * wire_itemsize for n in map(max, traffic.gather_sends, traffic.scatter_receives)],
@@ -60,10 +65,26 @@ def bucket_memory(
 
 
 def step_memory(
-    buckets: Sequence[BucketMemory], group_size: int, depth: int
+    buckets: Sequence[BucketMemory], group_size: int, depths: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each depth, bytes by group rank: of the buffers, and with them at the peak of a step."""
+    # Ranks that do the same, as replicas do, are counted once.
+    columns = list(zip(*(each for b in buckets for each in vars(b).values()), strict=True))
+    first: dict[tuple[int, ...], int] = {}
+    numbers = [first.setdefault(column, len(first)) for column in columns] or [0] * group_size
+    rows = iter(zip(*first, strict=True))
+    unlike = [BucketMemory(*(list(next(rows)) for _ in vars(b))) for b in buckets]
+    found = []
+    for depth in depths:
+        buffers, memory = _of_depth(unlike, max(len(first), 1), depth)
+        found.append((tuple(buffers[n] for n in numbers), tuple(memory[n] for n in numbers)))
+    return found
+
+
+def _of_depth(
+    buckets: Sequence[BucketMemory], size: int, depth: int
 ) -> tuple[list[int], list[int]]:
-    """Bytes by group rank: of the transfer buffers, and with them at the peak of a step."""
-    held = owned = live = peak = [0] * group_size
+    held = owned = live = peak = [0] * size
     for bucket in buckets:
         held, owned = list(map(max, held, bucket.held)), list(map(max, owned, bucket.owned))
     pairs = min(depth, len(buckets))

@@ -131,23 +131,19 @@ def _plans(work: Buckets, cost: CostModel, wire_itemsize: int, bucket_bytes: int
         batches = batches_of(work.matrices, work.owners, bucket)
         stages.append(bucket_stages(batches, traffic, cost, wire_itemsize))
         memories.append(bucket_memory(work.matrices, bucket, batches, traffic, wire_itemsize))
+    depths = range(1, min(MOST_DEPTH, max(len(cut), 1)) + 1)
     found = []
-    for depth in range(1, min(MOST_DEPTH, max(len(cut), 1)) + 1):
-        buffers, memory = step_memory(memories, work.group_size, depth)
-        prediction = Prediction(
-            tuple(work.busy),
-            tuple(sent),
-            step_seconds(stages, cost, depth),
-            tuple(buffers),
-            tuple(memory),
-        )
-        buckets = tuple(bucket for bucket, _ in cut)
+    for depth, (buffers, memory) in zip(
+        depths, step_memory(memories, work.group_size, depths), strict=True
+    ):
+        seconds = step_seconds(stages, cost, depth)
+        prediction = Prediction(tuple(work.busy), tuple(sent), seconds, buffers, memory)
         found.append(
             Plan(
                 work.group_size,
                 tuple(work.matrices),
                 tuple(work.owners),
-                buckets,
+                tuple(bucket for bucket, _ in cut),
                 depth,
                 prediction,
             )

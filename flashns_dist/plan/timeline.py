@@ -41,12 +41,16 @@ def batches_of(
     matrices: Sequence[Matrix], owners: Sequence[tuple[int, ...]], bucket: Sequence[int]
 ) -> dict[int, Batches]:
     """What the owners of a bucket's matrices orthogonalize, by rank."""
-    batches: dict[int, Batches] = {}
+    together: dict[tuple[int, ...], Batches] = {}
     for index in bucket:
         matrix = matrices[index]
         key = (matrix.work_shape, matrix.kind, matrix.workspace_bytes)
-        for rank in owners[index]:
-            batches.setdefault(rank, Counter())[key] += 1
+        together.setdefault(owners[index], Counter())[key] += 1
+    batches: dict[int, Batches] = {}
+    for ranks, counts in together.items():
+        for rank in ranks:
+            found = batches.get(rank)
+            batches[rank] = counts if found is None else found + counts
     return batches
 
 
