@@ -21,8 +21,8 @@ class ExchangeOptions:
             and state, for each process group's matrices, as the planner predicts it: transfer
             buffers, the matrices that the rank owns of the buckets under way, and what the busiest
             batch takes to orthogonalize. Where nothing fits, the first step raises. None for 1 GiB
-            where that can be, else as little as can be (one bucket under way, of one matrix for
-            each owner); with ``bucket_bytes``, for no bound.
+            where that can be, else within a tenth of the least (one bucket under way, of one matrix
+            for each owner); with ``bucket_bytes``, for no bound.
         bucket_bytes: Most bytes that a rank buffers for one direction of one bucket, or one matrix;
             where nothing travels, half of what it orthogonalizes at once. None for what the planner
             predicts to be fastest within ``memory_bytes``.

@@ -150,8 +150,8 @@ class Setup:
         Args:
             indices: Matrix parameters of one process group.
             active: Which of them have a gradient on some rank. If not all, and no plan of theirs
-                fits into the options' memory, the plan is what takes least: other matrices may have
-                changed already.
+                fits into the options' memory, the plan is one of those that take least: other
+                matrices may have changed already.
 
         Raises:
             ValueError: No plan of all fits.

@@ -16,7 +16,6 @@ from flashns_dist.plan.timeline import batches_of, bucket_stages, step_seconds
 Replicas = Literal["auto", "share", "repeat"]
 DEFAULT_MEMORY_BYTES = 2**30
 LARGEST_BUCKET_BYTES, SMALLEST_BUCKET_BYTES = 2**30, 2**26  # that are tried whether they fit or not
-MOST_DEPTH = 3
 
 
 def make_plan(
@@ -47,10 +46,10 @@ def make_plan(
             either direction (twice as much where nothing travels); or as much as a single matrix
             (with the copies that replicas get) takes, where that is more. None to choose.
         memory_bytes: Most bytes that a step may be predicted to take on a rank. None for
-            ``DEFAULT_MEMORY_BYTES`` where that can be (else as little as can be), or for no bound
-            where ``bucket_bytes`` is given.
+            ``DEFAULT_MEMORY_BYTES`` where that can be (else within a tenth of the least), or for no
+            bound where ``bucket_bytes`` is given.
         must_fit: Whether to raise where nothing fits into ``memory_bytes``; if not, the plan is
-            what takes least.
+            within a tenth of the least.
         replicas: ``"share"`` divides the matrices among replicas, ``"repeat"`` lets each replica
             do all of them without talking to the others, ``"auto"`` takes what is predicted faster.
         arrival: For each matrix, its place in the order in which gradients arrive, which the
@@ -86,13 +85,12 @@ def make_plan(
             found += _plans(work, cost, wire_itemsize, bucket_bytes)
         else:
             found += _plans_that_fit(work, cost, wire_itemsize, most)
-    fitting = [plan for plan in found if _memory(plan) <= most]
-    if fitting:
-        return _fastest(fitting)
-    least = min(found, key=lambda plan: (_memory(plan), plan.prediction.step_seconds))
-    if memory_bytes is not None and must_fit:
-        raise ValueError(_no_fit(least, memory_bytes, wire_itemsize, bucket_bytes))
-    return least
+    least = min(found, key=_memory)
+    if _memory(least) > most:
+        if memory_bytes is not None and must_fit:
+            raise ValueError(_no_fit(least, memory_bytes, wire_itemsize, bucket_bytes))
+        most = 1.1 * _memory(least)
+    return _fastest([plan for plan in found if _memory(plan) <= most])
 
 
 def _share_candidates(matrices: Sequence[Matrix], replicas: Replicas) -> list[int]:
@@ -131,7 +129,7 @@ def _plans(work: Buckets, cost: CostModel, wire_itemsize: int, bucket_bytes: int
         batches = batches_of(work.matrices, work.owners, bucket)
         stages.append(bucket_stages(batches, traffic, cost, wire_itemsize))
         memories.append(bucket_memory(work.matrices, bucket, batches, traffic, wire_itemsize))
-    depths = range(1, min(MOST_DEPTH, max(len(cut), 1)) + 1)
+    depths = range(1, 2 if len(cut) < 2 else 4)
     found = []
     for depth, (buffers, memory) in zip(
         depths, step_memory(memories, work.group_size, depths), strict=True
