@@ -53,7 +53,8 @@ def make_plan(
         replicas: ``"share"`` divides the matrices among replicas, ``"repeat"`` lets each replica
             do all of them without talking to the others, ``"auto"`` takes what is predicted faster.
         arrival: For each matrix, its place in the order in which gradients arrive, which the
-            buckets then follow; None where all gradients are there before the first bucket.
+            buckets then follow, of which large ones would wait long for their last gradient; None
+            where all gradients are there before the first bucket.
 
     Raises:
         ValueError: A layout is for another group size, an argument is out of range, or nothing fits
@@ -84,7 +85,8 @@ def make_plan(
         if bucket_bytes is not None:
             found += _plans(work, cost, wire_itemsize, bucket_bytes)
         else:
-            found += _plans_that_fit(work, cost, wire_itemsize, most)
+            largest = LARGEST_BUCKET_BYTES if arrival is None else SMALLEST_BUCKET_BYTES
+            found += _plans_that_fit(work, cost, wire_itemsize, most, largest)
     least = min(found, key=_memory)
     if _memory(least) > most:
         if memory_bytes is not None and must_fit:
@@ -101,10 +103,12 @@ def _share_candidates(matrices: Sequence[Matrix], replicas: Replicas) -> list[in
     return [share for share in range(most, 0, -1) if most % share == 0 and share in (1, 8, most)]
 
 
-def _plans_that_fit(work: Buckets, cost: CostModel, wire_itemsize: int, most: float) -> list[Plan]:
+def _plans_that_fit(
+    work: Buckets, cost: CostModel, wire_itemsize: int, most: float, largest: int
+) -> list[Plan]:
     """Plans with buckets of all sizes in turn, and smaller ones while not even these fit."""
     found: list[Plan] = []
-    size, before = LARGEST_BUCKET_BYTES, None
+    size, before = largest, None
     while size > SMALLEST_BUCKET_BYTES and work.total.largest * wire_itemsize <= size // 2:
         size //= 2  # all sizes that hold everything make the same plan
     while True:

@@ -7,8 +7,8 @@ import torch
 
 from flashns_dist.orthogonalize import KELLER_JORDAN, METHODS, workspace_bytes
 
-# Peaks beyond the input on an H200 (torch.cuda.max_memory_allocated): batch, rows, columns, dtype,
-# bytes. At the commit after 5e4eede.
+# Peaks beyond the input on an H200: batch, rows, columns, dtype, bytes. Some lines of
+# docs/benchmarks/memory-h200.jsonl.
 MEASURED = [
     (1, 4096, 14336, torch.bfloat16, 352323072),
     (1, 14336, 4096, torch.float32, 452986880),
