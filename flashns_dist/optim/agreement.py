@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashns_dist.exchange import agree_on_largest, explain_on_every_rank, gather_flags
+from flashns_dist.exchange import (
+    agree_on_largest,
+    explain_on_every_rank,
+    gather_flags,
+    reduce_largest_,
+)
 from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
 
@@ -27,12 +32,14 @@ class Verdict:
         nonfinite: Names of the parameters known here to have a NaN or an infinity in a gradient.
         is_finite: Whether no rank has one.
         found_inf: Whether a GradScaler found an overflow on some rank.
+        is_complete: Whether every rank that stores an active parameter has a gradient of it.
     """
 
     active: tuple[bool, ...]
     nonfinite: tuple[str, ...]
     is_finite: bool
     found_inf: bool
+    is_complete: bool
 
 
 def agree_on_gradients(
@@ -42,6 +49,7 @@ def agree_on_gradients(
     problem: str | None,
     found_inf: Tensor | None,
     unaveraged: Collection[int] = (),
+    observe: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> Verdict:
     """Compare the gradients across ranks.
 
@@ -56,6 +64,7 @@ def agree_on_gradients(
         problem: An error that this rank has already found; then all ranks raise.
         found_inf: A GradScaler's flag, if there is one.
         unaveraged: Indices of the parameters whose replicas may have different gradients.
+        observe: Brings what a process group has agreed on, as ``can_step`` takes it, to the host.
 
     Raises:
         RuntimeError: Replicas disagree about a gradient, or another rank has a problem.
@@ -70,10 +79,13 @@ def agree_on_gradients(
     error: Exception | None = None if problem is None else ValueError(problem)
     active = [False] * len(bound)
     nonfinite: list[str] = []
+    is_complete = True
     for indices in members:
         chosen = [bound[i] for i in indices]
         values = _summary(chosen, [gradients[i] for i in indices], flags)
-        agreed = agree_on_largest(values, chosen[0].process_group)
+        reduce_largest_(values, chosen[0].process_group)
+        agreed = observe(values)
+        is_complete = is_complete and not (agreed[_HAS, :-1] * agreed[_LACKS, :-1]).any()
         for index, is_active in zip(indices, agreed[_HAS].bool().tolist(), strict=False):
             active[index] = is_active
         bad = agreed[_NONFINITE, :-1].bool().tolist()
@@ -94,7 +106,35 @@ def agree_on_gradients(
     if flags[_ERROR]:
         # Of a group that not all of its ranks take for their largest, some would not come.
         _raise(error, largest if spans_world or not flags[_SEVERAL] else None)
-    return Verdict(tuple(active), tuple(nonfinite), not flags[_BAD_VALUE], bool(flags[_FOUND_INF]))
+    return Verdict(
+        tuple(active),
+        tuple(nonfinite),
+        not flags[_BAD_VALUE],
+        bool(flags[_FOUND_INF]),
+        bool(is_complete),
+    )
+
+
+def can_step(agreed: Tensor, expected: Tensor) -> Tensor:
+    """Whether ranks that agreed on this can step, and with the gradients that were expected.
+
+    Where it is not, ``agree_on_gradients`` may still find that they can.
+
+    Args:
+        agreed: ``(5, parameters + 1)`` float64, of all parameters of one process group.
+        expected: ``(parameters,)`` float64: 1 where every rank is to have a gradient, 0 where none.
+
+    Returns:
+        A boolean on the device of both.
+    """
+    facts, flags = agreed[:, :-1], agreed[:_SEVERAL, -1]
+    wrong = (facts[_HAS] != expected) | (facts[_LACKS] == expected) | (facts[_NONFINITE] != 0)
+    return ~((wrong | _differ(facts)).any() | flags.any())
+
+
+def _differ(facts: Tensor) -> Tensor:
+    """For each parameter, whether the largest entries of replicas' gradients differ."""
+    return facts[_LARGEST] + facts[_MINUS_LARGEST] > 1e-3 * facts[_LARGEST]
 
 
 def _compared(
@@ -163,7 +203,7 @@ def _check_replicas(
     if disputed:
         _check_replicas_have(bound, disputed, gradients, group, device)
     high, low = agreed[_LARGEST, :-1], -agreed[_MINUS_LARGEST, :-1]
-    differ = ((high - low) > 1e-3 * high).nonzero().flatten().tolist()
+    differ = _differ(agreed[:, :-1]).nonzero().flatten().tolist()
     if differ and not agreed[_NONFINITE, :-1].any():
         index = differ[0]
         raise RuntimeError(

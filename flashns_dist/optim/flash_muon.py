@@ -38,6 +38,7 @@ from flashns_dist.optim.settings import (
     state_names,
 )
 from flashns_dist.optim.setup import Setup
+from flashns_dist.optim.speculation import Speculation
 from flashns_dist.optim.state import (
     check_loadable,
     completed_state_dict,
@@ -145,6 +146,7 @@ class FlashMuon(Optimizer):
         self._bound: list[BoundParameter] = []
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
+        self._expected: tuple[bool, ...] | None = None
         self._adapter: Callable[[], list[BoundParameter]] | None = None
         defaults = {
             "lr": lr,
@@ -223,7 +225,7 @@ class FlashMuon(Optimizer):
         if "_early" not in self.__dict__:
             self._early = EarlyGathers(self.exchange_options)
         self._early.unbind()
-        self._bound, self._steps, self._checked = [], {}, False
+        self._bound, self._steps, self._checked, self._expected = [], {}, False, None
 
     def _bind(self) -> None:
         if self._bound:
@@ -243,7 +245,9 @@ class FlashMuon(Optimizer):
                 for index in range(len(self.param_groups))
                 for name, param in self._named(index)
             ]
-        self._setup = Setup(self._bound, lambda: self.param_groups, self.exchange_options)
+        self._setup = Setup(
+            self._bound, lambda: self.param_groups, self.exchange_options, self.cuda_graph
+        )
         self._early.bind(self, self._bound, self._setup.matrices)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
@@ -295,21 +299,51 @@ class FlashMuon(Optimizer):
             chosen = [gradients[i] for i in setup.matrices[number]]
             step.prepare(self.param_groups, self.state, chosen)
         found_inf = getattr(self, "found_inf", None)
+        speculation = self._speculation(gradients, problem)
         self._early.compare(gradients)
         try:
             verdict = agree_on_gradients(
-                self._bound, setup.members, gradients, problem, found_inf, setup.unaveraged
+                self._bound,
+                setup.members,
+                gradients,
+                problem,
+                found_inf,
+                setup.unaveraged,
+                speculation.observe if speculation else Tensor.cpu,
             )
             if self._must_skip(verdict):
                 return loss
             self._early.settle()
             self._unscale(gradients)
+            has_run = speculation is not None and speculation.has_run
             for number, indices in enumerate(setup.matrices):
-                self._step_matrices(number, indices, verdict.active, gradients)
+                self._step_matrices(number, indices, verdict.active, gradients, has_run=has_run)
         finally:
             self._early.drop()
+        self._expected = verdict.active if verdict.is_complete else None
         step_auxiliary(self._bound, self.param_groups, self.state, verdict.active, gradients)
         return loss
+
+    def _speculation(
+        self, gradients: Sequence[Tensor | None], problem: str | None
+    ) -> Speculation | None:
+        """What replays the step that is expected, if that is possible on the other ranks too."""
+        setup, expected = self._setup, self._expected
+        if expected is None or len(setup.members) != 1 or setup.unaveraged:
+            return None
+        indices = setup.matrices[0]
+        step = self._steps.get((0, tuple(expected[i] for i in indices)))
+        if not isinstance(step, GraphedStep) or not step.is_predictable:
+            return None
+        scaler = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        return Speculation(
+            step,
+            expected,
+            self.param_groups,
+            self.state,
+            [gradients[i] for i in indices],
+            is_possible=problem is None and all(value is None for value in scaler),
+        )
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
         """This rank's gradients, and the first thing that is wrong with them or the setup."""
@@ -350,6 +384,8 @@ class FlashMuon(Optimizer):
         indices: Sequence[int],
         active: Sequence[bool],
         gradients: Sequence[Tensor | None],
+        *,
+        has_run: bool,
     ) -> None:
         flags = tuple(active[i] for i in indices)
         if not any(flags):
@@ -359,6 +395,8 @@ class FlashMuon(Optimizer):
             self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
             self._steps[key] = self._matrix_step(indices, flags)
         self._count_steps([self._bound[i] for i in indices if active[i]])
+        if has_run:
+            return
         step = self._steps[key]
         if isinstance(step, MatrixStep):
             self._early.watch(number, step)
@@ -388,7 +426,7 @@ class FlashMuon(Optimizer):
         return GraphedStep(step)
 
     def release_graphs(self) -> None:
-        """Free the CUDA graphs and their memory; the next steps capture anew."""
+        """Free the CUDA graphs and their memory; the next steps capture anew. For every rank."""
         if self.cuda_graph:
             self._steps = {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,18 @@ class GraphedStep:
 
     def __init__(self, step: MatrixStep) -> None:
         self._step = step
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Callable[[], None] | None = None
         self._signature: tuple[object, ...] = ()
         self._is_warm = False
 
     @property
     def step(self) -> MatrixStep:
         return self._step
+
+    @property
+    def is_predictable(self) -> bool:
+        """Whether its next run may be ``replay``: the same on every rank."""
+        return self._is_warm and self._step.is_elementwise
 
     def prepare(
         self,
@@ -59,15 +65,35 @@ class GraphedStep:
         if not step.fused.is_usable:  # its operations would be captured with these gradients
             step.run(groups, state, gradients)
             return
+        self.replay(groups, state, gradients)
+
+    def replay(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """A run that ``prepare`` has been called for, of gradients that the kernels take.
+
+        Changes nothing while ``step.fused.permission`` is 0 if ``is_predictable``.
+        """
+        step = self._step
         if self._graph is None or step.fused.signature != self._signature:
             self._signature = step.fused.signature
-            self._graph = torch.cuda.CUDAGraph()
+            self._graph = None  # its memory is free for the next one
             upload = step.fused.postpone_uploads()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                step.run(groups, state, gradients)
+            self._graph = captured(partial(step.run, groups, state, gradients))
             upload()
         step.is_prepared = False
-        self._graph.replay()
+        self._graph()
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """What replays the device's work of a call, which is captured and not done."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
 
 
 def capture_problem(step: MatrixStep, device: torch.device) -> str | None:

@@ -32,6 +32,7 @@ class Setup:
         bound: All of them, in the same order on every rank of a process group.
         groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
+        cuda_graph: Whether steps are replayed.
 
     Attributes:
         problem: Why no rank may step, once ``check`` has found it out.
@@ -42,8 +43,10 @@ class Setup:
         bound: Sequence[BoundParameter],
         groups: Callable[[], Sequence[dict[str, Any]]],
         options: ExchangeOptions,
+        cuda_graph: bool,
     ) -> None:
         self.bound = bound
+        self._cuda_graph = cuda_graph
         self._present = groups
         self._options = options
         self.problem: str | None = None
@@ -134,7 +137,8 @@ class Setup:
             entries = [(self.bound[i].name, self._digest(self.bound[i])) for i in indices]
             digest = "none"
             if matrices:
-                digest = self._plan_digest(matrices) + str(self._exchanged)
+                digest = self._plan_digest(matrices)
+                digest += str((self._exchanged, self._cuda_graph))
             check_same_setup(entries, digest, first.process_group)
 
     def _plan_digest(self, indices: Sequence[int]) -> str:
@@ -173,6 +177,8 @@ class Setup:
             for travel in (True, False)
         )
         cost = self._costs.get(bound[0].group_ranks)
+        if self._cuda_graph:
+            cost = (cost or CostModel()).without_launches()
         size = bound[0].layout.group_size
         plan = plan_matrices(travelling, size, self._options, cost, must_fit=is_whole)
         if is_whole:

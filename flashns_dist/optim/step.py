@@ -17,7 +17,7 @@ from flashns_dist.optim.fused import FusedPasses
 from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.pieces import Pieces, Run
 from flashns_dist.optim.rules import MATRIX_RULES, MatrixRule
-from flashns_dist.optim.rules.muon import early_direction
+from flashns_dist.optim.rules.muon import Muon, early_direction
 from flashns_dist.plan import CostModel, Matrix, Plan, make_plan
 
 
@@ -136,6 +136,12 @@ class MatrixStep:
         rules = {MATRIX_RULES[group["update_rule"]] for group in self._groups}
         return not self._resident and not any(rule.selects for rule in rules)
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether momenta and weights are all that a run changes, in kernels that ask before."""
+        rules = {MATRIX_RULES[group["update_rule"]] for group in self._groups}
+        return self.is_static and not self.fused.not_fused and all(type(r) is Muon for r in rules)
+
     def prepare(
         self,
         groups: Sequence[dict[str, Any]],
@@ -222,19 +228,48 @@ class MatrixStep:
         if not self.is_prepared:
             self.prepare(groups, state, gradients)
         self.is_prepared = False
-        self._run_buckets(run)
+        self._run_buckets(
+            lambda bucket: self._gather(bucket, run),
+            lambda bucket, state: self._compute(bucket, run, state),
+            lambda bucket, state: self._finish(bucket, run, state),
+        )
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
 
-    def _run_buckets(self, run: Run) -> None:
+    def run_empty(self) -> None:
+        """Make the collectives of a run of the fused kernels, and change nothing."""
+
+        def gather(bucket: int) -> _UnderWay:
+            state = _UnderWay(self.exchange, bucket)
+            state.transfer = self.exchange.launch_gather(bucket)
+            return state
+
+        def compute(bucket: int, state: _UnderWay) -> None:
+            assert state.transfer is not None
+            state.transfer.wait()
+            state.transfer = self.exchange.launch_scatter(bucket)
+
+        def finish(bucket: int, state: _UnderWay) -> None:
+            assert state.transfer is not None
+            state.transfer.wait()
+
+        self._run_buckets(gather, compute, finish)
+        self.is_prepared = False
+
+    def _run_buckets(
+        self,
+        gather: Callable[[int], _UnderWay],
+        compute: Callable[[int, _UnderWay], None],
+        finish: Callable[[int, _UnderWay], None],
+    ) -> None:
         under_way: dict[int, _UnderWay] = {}
         for turn, bucket in self._plan.order:
             if turn == "gather":
-                under_way[bucket] = self._gather(bucket, run)
+                under_way[bucket] = gather(bucket)
             elif turn == "compute":
-                self._compute(bucket, run, under_way[bucket])
+                compute(bucket, under_way[bucket])
             else:
-                self._finish(bucket, run, under_way.pop(bucket))
+                finish(bucket, under_way.pop(bucket))
 
     def _gather(self, bucket: int, run: Run) -> _UnderWay:
         state = _UnderWay(self.exchange, bucket)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +53,7 @@ class RankPool:
         self._backend = backend
         self._interpret = interpret
         self._workers: list[tuple[Any, Connection]] = []
+        self._in_group: list[tuple[Any, Connection]] = []  # those of the last job
         atexit.register(self.close)
 
     def run(
@@ -71,10 +74,11 @@ class RankPool:
             raise ValueError(f"world_size={world_size} is more than the pool's {self._size}")
         if any(_num_threads(process) > _MOST_THREADS for process, _ in self._workers):
             self.close()
+        self._leave()
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
-            chosen = self._workers[:world_size]
+            chosen = self._in_group = self._workers[:world_size]
             for _, connection in chosen:
                 connection.send_bytes(pickle.dumps(job))
             answers = self._collect(chosen, timeout)
@@ -100,7 +104,22 @@ class RankPool:
                         deadline = min(deadline, time.monotonic() + 5.0)
                 elif not process.is_alive():
                     answers[rank] = (False, f"died with exit code {process.exitcode}")
-        return [answer or (False, "no answer: hung in a collective?") for answer in answers]
+        return [
+            answer or (False, _whereabouts(process))
+            for answer, (process, _) in zip(answers, chosen, strict=True)
+        ]
+
+    def _leave(self) -> None:
+        """Let the last job's ranks leave its group, all together: NCCL waits for the others."""
+        try:
+            for _, connection in self._in_group:
+                connection.send_bytes(pickle.dumps(None))
+            has_left = all(ok for ok, _ in self._collect(self._in_group, 60.0))
+        except OSError:  # a worker has died
+            has_left = False
+        if not has_left:
+            self.close()
+        self._in_group = []
 
     def _start(self) -> None:
         if self._workers:
@@ -124,7 +143,22 @@ class RankPool:
             process.kill()
             process.join()
             connection.close()
-        self._workers = []
+            _calls_file(process.pid).unlink(missing_ok=True)
+        self._workers, self._in_group = [], []
+
+
+def _whereabouts(process: Any) -> str:
+    """Where a worker is that has not answered: its threads' calls."""
+    if hasattr(signal, "SIGUSR1") and process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)  # written by C code, whatever holds Python's lock
+        time.sleep(0.5)
+    calls = _calls_file(process.pid)
+    text = calls.read_text() if calls.exists() else ""
+    return f"no answer: hung in a collective?\n{text}"
+
+
+def _calls_file(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"flashns-dist-calls-{pid}"
 
 
 def _num_threads(process: Any) -> int:
@@ -144,6 +178,9 @@ def _work(
     connection: Connection, rank: int, backend: str | None, paths: list[str], interpret: bool
 ) -> None:
     """The worker's loop: receive a job, run it in a process group of its size, answer."""
+    calls = _calls_file(os.getpid()).open("w")
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=calls)
     os.environ.pop("TRITON_INTERPRET", None)
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -152,17 +189,20 @@ def _work(
     num_frozen = 0  # modules
     while True:
         try:
-            module, name, args, world_size, rendezvous = pickle.loads(connection.recv_bytes())
+            job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            num_frozen = _leave_group(num_frozen)
-            _join_group(rank, world_size, rendezvous, backend)
-            body: Any = importlib.import_module(module)
-            for part in name.split("."):
-                body = getattr(body, part)
-            # The group is left by the next job: others may still be connecting to this rank.
-            answer = (True, body(*args))
+            answer: tuple[bool, Any] = (True, None)
+            if job is None:
+                num_frozen = _leave_group(num_frozen)
+            else:
+                module, name, args, world_size, rendezvous = job
+                _join_group(rank, world_size, rendezvous, backend)
+                body: Any = importlib.import_module(module)
+                for part in name.split("."):
+                    body = getattr(body, part)
+                answer = (True, body(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))

@@ -35,20 +35,28 @@ from launch.parallelize import parallelize
 from launch.world import World, joined_world, leave_process
 
 
-def flash(bucket_bytes: int, **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def flash(
+    bucket_bytes: int, *, cuda_graph: bool = False, **options: Any
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def made(model: nn.Module) -> torch.optim.Optimizer:
         exchange = ExchangeOptions(bucket_bytes=bucket_bytes, **options)
-        return FlashMuon(parameter_groups(model), lr=0.01, aux_lr=1e-3, exchange=exchange)
+        groups = parameter_groups(model)
+        return FlashMuon(groups, lr=0.01, aux_lr=1e-3, exchange=exchange, cuda_graph=cuda_graph)
 
     return made
 
 
-def contestants(bucket_bytes: int) -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
-    return {
+def contestants(
+    bucket_bytes: int, device: torch.device
+) -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
+    found = {
         "FlashMuon": flash(bucket_bytes),
         "FlashMuon, overlap_backward": flash(bucket_bytes, overlap_backward=True),
         "fused AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
     }
+    if device.type == "cuda":
+        found["FlashMuon, cuda_graph"] = flash(bucket_bytes, cuda_graph=True)
+    return found
 
 
 def measure(
@@ -119,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with joined_world(settings.device, None) as world:
         begin = world.now()
         best: dict[str, dict[str, Any]] = {}
-        made = contestants(settings.bucket_bytes)
+        made = contestants(settings.bucket_bytes, world.device)
         for name in [*made, *reversed(made)]:
             elapsed = float(world.agree(str(world.now() - begin)))
             if elapsed > 60 * settings.minutes:

@@ -31,7 +31,8 @@ results() { tee "$OUT/$1.log" | grep -E 'FAILED|ERROR|^E  |passed|failed' | tail
 
 if has tests; then
   timeout "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
-    tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py 2>&1 | results tests
+    tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py \
+    tests/optim/test_speculation.py 2>&1 | results tests
   say "tests of the kernels and the step"
 fi
 if has invariance; then # one process start takes 10 to 15 s on such machines

@@ -154,7 +154,11 @@ def collect() -> None:
 
 def planned(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> Plan:
     """The plan that FlashMuon makes of a case."""
-    return plan_matrices(case.matrices(), num_ranks, exchange_options(keywords))
+    options = exchange_options(keywords)
+    cost = options.cost or CostModel()
+    if keywords.get("cuda_graph"):
+        cost = cost.without_launches()
+    return plan_matrices(case.matrices(), num_ranks, options, cost)
 
 
 def expected(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:

@@ -28,9 +28,12 @@ PARTS = (
     "other",
 )
 
+_GRAPH = "a graph"  # whose kernels' names say more than who launched it
+
 # Functions whose kernels belong to a part; the innermost decides. One that is gone is left out.
 _CALLS = {
     "flashns_dist.optim.flash_muon:agree_on_gradients": "agreement",
+    "flashns_dist.optim.graph:GraphedStep.replay": _GRAPH,
     "flashns_dist.optim.step:MatrixStep._gather": "momentum",
     "flashns_dist.optim.step:MatrixStep._before": "momentum",
     "flashns_dist.optim.step:MatrixStep._compute": "orthogonalize",
@@ -163,7 +166,8 @@ def _classified(events: Sequence[dict[str, Any]]) -> list[tuple[float, float, st
         inside = [r for r in ranges.get(tid, []) if r[0] <= at <= r[1]]
         part = _by_name(name)
         if part != "wire" and inside:
-            part = min(inside, key=lambda r: r[1] - r[0])[2]
+            innermost = min(inside, key=lambda r: r[1] - r[0])[2]
+            part = part if innermost == _GRAPH else innermost
         found.append((event["ts"], event["ts"] + event["dur"], part, name))
     return sorted(found)
 

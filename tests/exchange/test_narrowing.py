@@ -48,7 +48,7 @@ def exchange_selections(seed: int) -> tuple[int, int]:
             dims.append(dim)
     plan = make_plan(matrices, size, wire_itemsize=4, bucket_bytes=rng.choice([128, 2**20]))
     exchange = Exchange(plan, dist.group.WORLD, rank, rank_device(), torch.float32)
-    whole = [torch.rand(m.block.shape) for m in matrices]
+    whole = [torch.rand(m.block.shape, device=rank_device()) for m in matrices]
     for other in whole:
         dist.broadcast(other, 0)
     full_bytes = exchange.sent_bytes
@@ -62,14 +62,19 @@ def exchange_selections(seed: int) -> tuple[int, int]:
                     border: sum(k < border for k in kept) for border in borders(plan, index, dim)
                 }
                 selections[index] = Selection(dim, matrix.work, below)
-                wanted[index] = whole[index].index_select(dim, torch.tensor(kept))
+                wanted[index] = whole[index].index_select(
+                    dim, torch.tensor(kept, device=rank_device())
+                )
         exchange.narrow(selections)
         for bucket, schedule in enumerate(exchange.schedules):
             pieces = [
                 inside(wanted[i], matrices[i], selections.get(i), p.part, p.box)
                 for i, p in schedule.held
             ]
-            into = {i: torch.full(matrices[i].work_shape, -1.0) for i in schedule.owned}
+            into = {
+                i: torch.full(matrices[i].work_shape, -1.0, device=rank_device())
+                for i in schedule.owned
+            }
             transfer = exchange.start_gather(bucket, pieces, into)
             exchange.finish_gather(bucket, transfer, into)
             assert all(torch.equal(into[i], wanted[i]) for i in schedule.owned)

@@ -80,16 +80,18 @@ def test_kernels_belong_to_the_innermost_part_that_launched_them() -> None:
     events = [
         part("orthogonalize", 0, 100),
         part("unpack", 10, 10),
-        *(launched(number, at) for number, at in ((1, 15), (2, 50), (3, 150), (4, 60))),
+        part("a graph", 70, 10),
+        *(launched(number, at) for number, at in ((1, 15), (2, 50), (3, 150), (4, 60), (5, 75))),
         kernel("elementwise", 1000, 100, 1),
         kernel("elementwise", 1100, 300, 2),
         kernel("momentum_kernel", 1700, 50, 3),  # outside of any part: by its name
         kernel("ncclDevKernel_SendRecv", 1300, 300, 4),
+        kernel("update_kernel", 1710, 40, 5),  # of a graph: by its name too
     ]
     found = trace.summary(events)
     seconds = {name: value["seconds"] for name, value in found["parts"].items() if value["kernels"]}
     assert seconds == pytest.approx(
-        {"unpack": 1e-4, "orthogonalize": 3e-4, "momentum": 5e-5, "wire": 3e-4}
+        {"unpack": 1e-4, "orthogonalize": 3e-4, "momentum": 5e-5, "wire": 3e-4, "update": 4e-5}
     )
     assert found["span"] == pytest.approx(750e-6)
     assert found["exposed_wire"] == pytest.approx(200e-6)

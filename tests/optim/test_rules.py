@@ -19,7 +19,7 @@ from flashns_dist.layout import Equal
 from flashns_dist.optim.binding import AUXILIARY
 from flashns_dist.optim.rules import AUXILIARY_RULES
 from flashns_dist.optim.rules.dion import orthonormal
-from flashns_dist.testing.pool import RankPool
+from flashns_dist.testing.pool import RankPool, rank_device
 
 KELLER = (3.4445, -4.775, 2.0315)
 SHAPES = ((20, 33), (40, 11), (32, 32), (6, 7))
@@ -294,14 +294,15 @@ def test_dion_takes_gradients_of_low_rank() -> None:
 def dion_with_compressed_gradients() -> None:
     """Replicas with gradients of their own train as one process on their mean."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    alone, replicas = parameters(), parameters()
+    device = rank_device()
+    alone, replicas = ([nn.Parameter(p.to(device)) for p in parameters()] for _ in range(2))
     settings = {"update_rule": "dion", "lr": LR, "momentum": MU}
     reference = FlashMuon(alone, exchange=ExchangeOptions(replica_group=None), **settings)
     optimizer = FlashMuon(replicas, compressed_gradients=True, **settings)
     for step in range(6):
         for index, (a, b) in enumerate(zip(alone, replicas, strict=True)):
             shape = tuple(a.shape)
-            gradients = [gradient(index, size * step + r, shape) for r in range(size)]
+            gradients = [gradient(index, size * step + r, shape).to(device) for r in range(size)]
             a.grad, b.grad = sum(gradients) / size, gradients[rank]
         reference.step()
         optimizer.step()
@@ -323,7 +324,7 @@ def test_dion_averages_its_products_instead_of_gradients(ranks: RankPool) -> Non
 
 
 def cut_with_compressed_gradients() -> None:
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(rank_device().type, (2,))
     value = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])
     optimizer = FlashMuon(
         [("w", nn.Parameter(value))], update_rule="dion", compressed_gradients=True

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashns_dist.orthogonalize.kernels import get_kernels, load_backend
-from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels, exact_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,3 +86,16 @@ def test_normalize_returns_unit_norm_and_the_norms():
 def test_auto_is_torch_on_the_cpu():
     found = get_kernels("auto", device=torch.device("cpu"), shape=(1, 4, 4), dtype=torch.float32)
     assert found is load_backend("torch")
+
+
+def test_users_settings_of_cublas_come_back():
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        matmul.allow_fp16_reduced_precision_reduction = False
+        with exact_sums():
+            assert not any(getattr(matmul, name) for name in names)
+        assert [getattr(matmul, name) for name in names] == [False, before[1]]
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before[0]

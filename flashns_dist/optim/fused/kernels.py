@@ -55,6 +55,7 @@ def momentum_kernel(
     parameters,  # (parameters, 3) int64 addresses: gradient (0: none), momentum, weight
     buffers,  # (buffers,) int64 addresses
     factors,  # (kinds, 7) fp32: mu, 1 - mu, nesterov, rate, decay, 1 - decay, cautious
+    permission,  # (1,) int32: 0 where nothing is to change
     GRADIENT: tl.constexpr,
     WIRE: tl.constexpr,
     FLAT: tl.constexpr,
@@ -63,6 +64,7 @@ def momentum_kernel(
 ):
     """``muon.momentum_direction``, written in the wire dtype."""
     piece, row, local, target, mask = _locate(table, chunk_piece, chunk_start, FLAT, ALIGNED, BLOCK)
+    mask = mask & (tl.load(permission) != 0)
     memory = parameters + 3 * tl.load(row + 2)
     offset = tl.load(row + 3)
     address = tl.load(memory)
@@ -91,6 +93,7 @@ def update_kernel(
     parameters,
     buffers,
     factors,
+    permission,
     WEIGHT: tl.constexpr,
     WIRE: tl.constexpr,
     FLAT: tl.constexpr,
@@ -99,6 +102,7 @@ def update_kernel(
 ):
     """``muon.apply_update`` in fp32, rounded to the weights' dtype."""
     piece, row, local, source, mask = _locate(table, chunk_piece, chunk_start, FLAT, ALIGNED, BLOCK)
+    mask = mask & (tl.load(permission) != 0)
     address = tl.load(parameters + 3 * tl.load(row + 2) + 2)
     weight = _pointer(address, tl.load(row + 3), WEIGHT, ALIGNED)
     update = _pointer(tl.load(buffers + tl.load(row + 5)), tl.load(row + 6), WIRE, ALIGNED)

@@ -45,6 +45,10 @@ class FusedPasses:
         exchange: Made for the plan.
         groups: ``param_groups`` of the optimizer.
         batches: For each bucket, the stacks on the owner: shapes, and indices of their matrices.
+
+    Attributes:
+        permission: ``(1,)`` int32 on the device. While it is 0, the kernels change neither momenta
+            nor weights.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class FusedPasses:
         self._parameters = torch.zeros((len(bound), 3), dtype=torch.int64, device=self._device)
         shape = (max(len(self._kinds), 1), 7)
         self._factors = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        self.permission = torch.ones(1, dtype=torch.int32, device=self._device)
         self._gradient_dtype: torch.dtype | None = torch.float32
         self._is_aligned = True
         self._later: list[tuple[Tensor, list[Any]]] | None = None
@@ -308,7 +313,7 @@ class FusedPasses:
             arguments.append(self._parameters)
         arguments.append(tables.buffers)
         if name != "copy_kernel":
-            arguments.append(self._factors)
+            arguments += [self._factors, self.permission]
         kernel[(table.num_chunks,)](
             *arguments,
             **constants,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
-from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels, exact_sums
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
     batch_bucket,
@@ -102,8 +102,8 @@ class CublasKernels(TorchKernels):
             )
         if out is None:
             out = x.new_empty((a.shape[0], a.shape[1], x.shape[2]))
-        # With beta = 0 the first operand is not read.
-        return torch.baddbmm(out, a, x, beta=0, alpha=alpha, out=out)
+        with exact_sums():  # With beta = 0 the first operand is not read.
+            return torch.baddbmm(out, a, x, beta=0, alpha=alpha, out=out)
 
 
 class SelectedKernels:

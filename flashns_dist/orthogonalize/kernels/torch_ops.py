@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar, column, is_number
 
 _HALF = (torch.float16, torch.bfloat16)
+_INEXACT = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
 _CUBLAS_WIDENS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
+
+
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """cuBLAS adds half products in fp32; by default it may add parts of a sum in fp16."""
+    matmul = torch.backends.cuda.matmul
+    allowed = [name for name in _INEXACT if getattr(matmul, name, False)]
+    for name in allowed:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name in allowed:
+            setattr(matmul, name, True)
 
 
 class TorchKernels:
@@ -90,17 +112,18 @@ class TorchKernels:
         return _deliver(result, dtype or x.dtype, out)
 
 
+@exact_sums()
 def _combine(
     a: Tensor, b: Tensor, alpha: Scalar, c: Tensor | None, beta: Scalar, dtype: torch.dtype
 ) -> Tensor:
-    """``alpha * a b + beta * c``: of half operands in fp32, unless cuBLAS rounds it to ``dtype``.
+    """``alpha * a b + beta * c``: of half operands in fp32, unless cuBLAS rounds ``a b`` itself.
 
-    Rounding a product before it is added to would be felt where most of a sum cancels.
+    Rounding a product before it is added to would be felt where most of a sum cancels; on an H200,
+    torch.baddbmm did that.
     """
     if a.dtype in _HALF:
-        alike = all(t.dtype == dtype for t in (a, b, a if c is None else c))
-        numbers = is_number(alpha) and is_number(beta) and (c is not None or alpha == 1.0)
-        if not (a.is_cuda and alike and numbers):
+        alone = a.dtype == b.dtype == dtype and c is None and is_number(alpha) and alpha == 1.0
+        if not (a.is_cuda and alone):
             result = _wide_product(a, b)
             if not is_number(alpha) or alpha != 1.0:
                 result *= column(alpha)

@@ -1,0 +1,173 @@
+"""Steps replayed before the host knows whether they may be, against eager ones: every bit.
+
+Where there is no GPU, a replay is the same call again and Triton's interpreter runs the kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.optim import flash_muon, graph
+from flashns_dist.optim.speculation import Speculation
+from flashns_dist.optim.step import MatrixStep
+from flashns_dist.testing.gpus import has_gpus
+from flashns_dist.testing.pool import RankPool, rank_device
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SHAPES = ((48, 80), (80, 48), (33, 17), (24, 24), (20,))
+PLACEMENTS = (Shard(0), Shard(1), Replicate(), Shard(0), Shard(0))
+
+ALL = (0, 1, 2, 3)
+Step = dict[str, tuple[int, ...]]  # what happens to the gradients, and on which ranks
+START: tuple[Step, ...] = ({}, {}, {})
+EVENTS: dict[str, tuple[Step, ...]] = {
+    "nothing": (*START, {}, {}),
+    "not finite": (*START, {"nan": (0,)}, {}, {"nan": (1,)}, {}),
+    "none anywhere": (*START, {"none": ALL}, {"none": ALL}, {"none": ALL}, {}, {}),
+    "none on one rank": (*START, {"none": (1,)}, {"none": (1,)}, {}, {}),
+    "another memory": (*START, {"turned": (0,)}, {}, {"turned": (1,)}, {}),
+    "another memory, in vain": (*START, {"turned": (0,), "nan": (1,)}, {}, {"turned": ALL}, {}),
+    "misplaced": (*START, {"misplaced": (1,)}, {}),
+    "overflow": (*START, {"scaled": ALL}, {"scaled": ALL, "overflow": (1,)}, {}),
+    "overflow on one rank": (*START, {"scaled": (0,), "overflow": (0,)}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[RankPool]:
+    pool = RankPool(4, interpret=not torch.cuda.is_available())
+    yield pool
+    pool.close()
+
+
+def called_again(run: partial[None]) -> Callable[[], None]:
+    step: MatrixStep = run.func.__self__  # type: ignore[attr-defined]
+
+    def replay() -> None:
+        step.is_prepared = True  # a graph runs none of the host's code
+        run()
+
+    return replay
+
+
+def observed(patch: pytest.MonkeyPatch, counts: Counter[str]) -> None:
+    """Count speculations, and stand in for CUDA graphs on the CPU."""
+    if rank_device().type == "cpu":
+        patch.setattr(graph, "captured", called_again)
+        patch.setattr(flash_muon, "capture_problem", lambda step, device: None)
+    observe, run_empty = Speculation.observe, MatrixStep.run_empty
+
+    def counted(self: Speculation, agreed: Tensor) -> Tensor:
+        result = observe(self, agreed)
+        counts["observed"] += 1
+        counts["has run"] += self.has_run
+        return result
+
+    def emptied(self: MatrixStep) -> None:
+        counts["empty"] += 1
+        run_empty(self)
+
+    patch.setattr(Speculation, "observe", counted)
+    patch.setattr(MatrixStep, "run_empty", emptied)
+
+
+def train(event: str, nonfinite: str, **options: Any) -> list[list[Tensor]]:
+    """This rank's weights and states after every step."""
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(index: int) -> DTensor:
+        value = torch.randn(SHAPES[index], generator=generator).to(rank_device())
+        return distribute_tensor(value, mesh, [PLACEMENTS[index]], src_data_rank=None)
+
+    params = [nn.Parameter(random(index)) for index in range(len(SHAPES))]
+    groups = [{"params": params[:4]}, {"params": params[4:], "update_rule": "adamw"}]
+    optimizer = FlashMuon(groups, lr=0.02, nonfinite=nonfinite, **options)  # type: ignore[arg-type]
+    history: list[list[Tensor]] = []
+    for step in EVENTS[event]:
+        here = {name for name, ranks in step.items() if dist.get_rank() in ranks}
+        for index, param in enumerate(params):
+            param.grad = random(index)
+        change_gradients(params, here)
+        if "scaled" in here:
+            overflow = float("overflow" in here)
+            optimizer.found_inf = torch.tensor([overflow], device=rank_device())
+            optimizer.grad_scale = torch.tensor(4.0, device=rank_device())
+        error = None
+        try:
+            optimizer.step()
+        except (FloatingPointError, ValueError, RuntimeError) as found:
+            error = found
+        optimizer.found_inf = optimizer.grad_scale = None
+        assert (error is not None) == ("misplaced" in step or "nan" in step), error
+        states = [optimizer.state[param] for param in params]
+        kept = [*params, *(value for state in states for value in state.values())]
+        history.append([getattr(value, "_local_tensor", value).detach().clone() for value in kept])
+        if error is not None:
+            assert all(map(torch.equal, history[-1], history[-2]))
+    optimizer.release_graphs()
+    return history
+
+
+def change_gradients(params: list[nn.Parameter], what: set[str]) -> None:
+    mesh = params[0].device_mesh  # type: ignore[attr-defined]
+    if "nan" in what:
+        params[0].grad.to_local()[:1] = float("nan")  # type: ignore[union-attr]
+    if "none" in what:
+        params[0].grad = None
+    if "turned" in what:
+        local = params[2].grad.to_local().T.contiguous().T  # type: ignore[union-attr]
+        params[2].grad = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+    if "misplaced" in what:
+        local = torch.ones(SHAPES[0], device=rank_device())
+        params[0].grad = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+
+
+def compare(event: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    exchange = ExchangeOptions(bucket_bytes=8192)
+    eager = train(event, "raise", exchange=exchange)
+    with pytest.MonkeyPatch.context() as patch:
+        observed(patch, counts)
+        graphed = train(event, "raise", exchange=exchange, cuda_graph=True)
+    for step, (one, other) in enumerate(zip(eager, graphed, strict=True)):
+        assert all(map(torch.equal, one, other)), (event, step)
+    return dict(counts)
+
+
+# Speculations, those that were right, and empty runs, on ranks 0 and 1.
+COUNTS = {
+    "nothing": [(4, 4, 0)] * 2,
+    "not finite": [(6, 4, 0)] * 2,
+    "none anywhere": [(7, 5, 0)] * 2,
+    "none on one rank": [(4, 3, 0)] * 2,
+    "another memory": [(6, 5, 0)] * 2,
+    "another memory, in vain": [(6, 4, 1), (6, 4, 0)],
+    "misplaced": [(4, 3, 0), (4, 3, 1)],
+    "overflow": [(5, 3, 1)] * 2,
+    "overflow on one rank": [(4, 3, 1), (4, 3, 0)],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("event", EVENTS)
+def test_steps_are_those_of_eager_optimizers(interpreted: RankPool, event: str) -> None:
+    for size in (2, 3, 4) if event == "nothing" else (2,):
+        if torch.cuda.is_available() and not has_gpus(size):
+            continue
+        found = interpreted.run(size, compare, event)
+        names = ("observed", "has run", "empty")
+        counts = [tuple(each.get(name, 0) for name in names) for each in found]
+        assert counts[:2] == COUNTS[event]
