@@ -35,8 +35,9 @@ class Exchange:
 
     Each bucket makes two ``all_to_all_single`` calls on ``group``, asynchronous, so that the caller
     can overlap them with other buckets' work; every rank of the group must call them in the order
-    of the buckets. With one rank, nothing is communicated. At most two buckets may be under way:
-    their buffers are reserved once and used in turn.
+    of ``plan.order``. With one rank, nothing is communicated. At most ``plan.depth`` buckets may be
+    under way: each has two buffers, reserved once and used in turn. What the gather has sent and
+    received makes room for what the scatter receives and sends.
 
     Args:
         plan: The same on every rank of the group.
@@ -71,12 +72,10 @@ class Exchange:
     def _reserve(self) -> None:
         """Buffers for the present schedules; larger ones stay."""
         sizes = [
-            max((sum(splits(schedule)) for schedule in self.schedules), default=0)
+            max((max(map(sum, splits(schedule))) for schedule in self.schedules), default=0)
             for splits in (
-                lambda s: s.gather.send_splits,
-                lambda s: s.gather.receive_splits,
-                lambda s: s.scatter.send_splits,
-                lambda s: s.scatter.receive_splits,
+                lambda s: (s.gather.send_splits, s.scatter.receive_splits),
+                lambda s: (s.gather.receive_splits, s.scatter.send_splits),
             )
         ]
         if self._buffers and all(
@@ -90,7 +89,7 @@ class Exchange:
             ]
         self._buffers = [
             [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
-            for _ in range(min(2, len(self.schedules)))
+            for _ in range(min(self.plan.depth, len(self.schedules)))
         ]
 
     def narrow(self, selections: Mapping[int, Selection]) -> None:
@@ -131,17 +130,18 @@ class Exchange:
         For kernels that pack and unpack by themselves, around ``launch_gather`` and
         ``launch_scatter``.
         """
-        return [buffer.data_ptr() for buffer in self._buffers[bucket % 2]]
+        held, owned = (buffer.data_ptr() for buffer in self._pair(bucket))
+        return [held, owned, owned, held]
 
     def launch_gather(self, bucket: int) -> Transfer:
         """``start_gather`` where the send buffer is packed already."""
-        sent, received, *_ = self._buffers[bucket % 2]
-        return self._launch(bucket, self.schedules[bucket].gather, sent, received)
+        held, owned = self._pair(bucket)
+        return self._launch(bucket, self.schedules[bucket].gather, held, owned)
 
     def launch_scatter(self, bucket: int) -> Transfer:
         """``start_scatter`` where the send buffer is packed already."""
-        *_, sent, received = self._buffers[bucket % 2]
-        return self._launch(bucket, self.schedules[bucket].scatter, sent, received)
+        held, owned = self._pair(bucket)
+        return self._launch(bucket, self.schedules[bucket].scatter, owned, held)
 
     def early_gather(
         self, bucket: int, directions: Sequence[Tensor] | None, group: dist.ProcessGroup | None
@@ -191,7 +191,9 @@ class Exchange:
         )
         if early is not None:
             return early
-        return self._start(bucket, 0, route, [directions[segment.held] for segment in route.sends])
+        held, owned = self._pair(bucket)
+        directions = [directions[segment.held] for segment in route.sends]
+        return self._start(bucket, route, held, owned, directions)
 
     def finish_gather(self, bucket: int, transfer: Transfer, into: Mapping[int, Tensor]) -> None:
         """Write the boxes that others have sent into the owned matrices.
@@ -217,14 +219,15 @@ class Exchange:
         """
         route = self.schedules[bucket].scatter
         sources = [self._inside(results[s.matrix], s) for s in route.sends]
-        transfer = self._start(bucket, 2, route, sources)
+        held, owned = self._pair(bucket)
+        transfer = self._start(bucket, route, owned, held, sources)
         transfer.local = tuple(self._inside(results[s.matrix], s) for s in route.local)
         return transfer
 
     def finish_scatter(self, bucket: int, transfer: Transfer) -> list[Tensor]:
         """The result for each of the schedule's held pieces, in the wire dtype.
 
-        They are views of a reserved buffer: use them before the next-but-one bucket is scattered.
+        They are views of a reserved buffer: use them before ``plan.depth`` further gathers start.
         """
         transfer.wait()
         schedule = self.schedules[bucket]
@@ -237,10 +240,13 @@ class Exchange:
         assert len(complete) == len(updates), "a held piece has no supplier"
         return complete
 
+    def _pair(self, bucket: int) -> list[Tensor]:
+        """The bucket's buffers: for what this rank holds, and for what it owns."""
+        return self._buffers[bucket % len(self._buffers)]
+
     def _start(
-        self, bucket: int, first_buffer: int, route: Route, sources: Sequence[Tensor]
+        self, bucket: int, route: Route, sent: Tensor, received: Tensor, sources: Sequence[Tensor]
     ) -> Transfer:
-        sent, received = self._buffers[bucket % 2][first_buffer : first_buffer + 2]
         _copy([_segment(sent, segment) for segment in route.sends], sources)
         return self._launch(bucket, route, sent, received)
 

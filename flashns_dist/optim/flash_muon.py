@@ -278,6 +278,7 @@ class FlashMuon(Optimizer):
 
         Raises:
             RuntimeError: Ranks disagree about parameters, plans or gradients.
+            ValueError: No plan fits into ``ExchangeOptions(memory_bytes=...)``.
             FloatingPointError: A gradient is not finite and ``nonfinite="raise"``.
         """
         loss = None
@@ -345,9 +346,9 @@ class FlashMuon(Optimizer):
         )
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
-        """This rank's gradients, and the first thing that is wrong with them."""
+        """This rank's gradients, and the first thing that is wrong with them or the setup."""
         gradients: list[Tensor | None] = []
-        problem = None
+        problem = self._setup.problem
         for bound in self._bound:
             try:
                 gradients.append(bound.gradient)

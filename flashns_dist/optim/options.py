@@ -17,8 +17,15 @@ class ExchangeOptions:
     Attributes:
         wire_dtype: Dtype that travels both ways and that matrices are orthogonalized from, also
             where nothing needs to travel (so that results do not depend on the number of ranks).
+        memory_bytes: Most bytes of memory that a step may take on a rank beyond weights, gradients
+            and state, for each process group's matrices, as the planner predicts it: transfer
+            buffers, the matrices that the rank owns of the buckets under way, and what the busiest
+            batch takes to orthogonalize. Where nothing fits, the first step raises. None for 1 GiB
+            where that can be, else within a tenth of the least (one bucket under way, of one matrix
+            for each owner); with ``bucket_bytes``, for no bound.
         bucket_bytes: Most bytes that a rank buffers for one direction of one bucket, or one matrix;
-            where nothing travels, half of what it orthogonalizes at once.
+            where nothing travels, half of what it orthogonalizes at once. None for what the planner
+            predicts to be fastest within ``memory_bytes``.
         replicas: Whether replicas (DDP, HSDP) divide the matrices among themselves (``"share"``),
             each do all of them (``"repeat"``), or what the cost model predicts to be faster
             (``"auto"``).
@@ -30,12 +37,13 @@ class ExchangeOptions:
             runs (``optim/overlap.py``), on process groups of their own: with the same results, and
             of use where nothing changes the gradients between the last backward pass and
             ``step()``.
-        overlap_bytes: Most bytes that a rank buffers for that, of each process group's matrices;
-            what does not fit travels in ``step()``.
+        overlap_bytes: Most bytes that a rank buffers for that, of each process group's matrices,
+            beside ``memory_bytes``; what does not fit travels in ``step()``.
     """
 
     wire_dtype: torch.dtype = torch.bfloat16
-    bucket_bytes: int = 64 * 2**20
+    memory_bytes: int | None = None
+    bucket_bytes: int | None = None
     replicas: str = "auto"
     replica_group: dist.ProcessGroup | str | None = "world"
     cost: CostModel | None = None
@@ -45,10 +53,10 @@ class ExchangeOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.wire_dtype, torch.dtype) or not self.wire_dtype.is_floating_point:
             raise ValueError(f"wire_dtype={self.wire_dtype} must be a floating-point dtype")
-        if self.bucket_bytes <= 0:
-            raise ValueError(f"bucket_bytes={self.bucket_bytes} must be positive")
-        if self.overlap_bytes <= 0:
-            raise ValueError(f"overlap_bytes={self.overlap_bytes} must be positive")
+        for name in ("memory_bytes", "bucket_bytes", "overlap_bytes"):
+            given = getattr(self, name)
+            if given is not None and given <= 0:
+                raise ValueError(f"{name}={given} must be positive")
         if self.replicas not in ("auto", "share", "repeat"):
             raise ValueError(f'replicas={self.replicas!r}: use "auto", "share" or "repeat"')
         if isinstance(self.replica_group, str) and self.replica_group != "world":

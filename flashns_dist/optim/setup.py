@@ -33,6 +33,9 @@ class Setup:
         groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
         cuda_graph: Whether steps are replayed.
+
+    Attributes:
+        problem: Why no rank may step, once ``check`` has found it out.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Setup:
         self._cuda_graph = cuda_graph
         self._present = groups
         self._options = options
+        self.problem: str | None = None
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
+        self._plans: dict[tuple[int, ...], tuple[Plan, list[Matrix]]] = {}
         self._planned = self._plan_settings()
 
     @property
@@ -104,7 +109,9 @@ class Setup:
     def check(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Compare the setups of all ranks, and agree on the cost model.
 
-        Collectives: one ``broadcast`` and one small comparison on each process group.
+        A plan that does not fit is left in ``problem``, so that the ranks of other process groups
+        learn of it too. Collectives: one ``broadcast`` and one small comparison on each process
+        group.
 
         Args:
             state: Of the optimizer.
@@ -130,31 +137,59 @@ class Setup:
             entries = [(self.bound[i].name, self._digest(self.bound[i])) for i in indices]
             digest = "none"
             if matrices:
-                digest = self.plan(matrices, [True] * len(matrices))[0].digest
-                digest += str((self._early, self._cuda_graph))
+                digest = self._plan_digest(matrices)
+                digest += str((self._exchanged, self._cuda_graph))
             check_same_setup(entries, digest, first.process_group)
+
+    def _plan_digest(self, indices: Sequence[int]) -> str:
+        try:
+            return self.plan(indices, [True] * len(indices))[0].digest
+        except ValueError as error:  # nothing fits into the memory that there may be
+            self.problem = self.problem or str(error)
+            return "none"
 
     def plan(self, indices: Sequence[int], active: Sequence[bool]) -> tuple[Plan, list[Matrix]]:
         """The plan of the matrices that travel, and those that do not.
 
         Args:
             indices: Matrix parameters of one process group.
-            active: Which of them have a gradient on some rank.
+            active: Which of them have a gradient on some rank. If not all, and no plan of theirs
+                fits into the options' memory, the plan is one of those that take least: other
+                matrices may have changed already.
+
+        Raises:
+            ValueError: No plan of all fits.
         """
+        is_whole = all(active)
+        if is_whole and tuple(indices) in self._plans:
+            return self._plans[tuple(indices)]
         bound = [self.bound[i] for i in indices]
         kinds = [self._kind(self._groups[b.group_index]) for b in bound]
         travelling, resident = (
-            matrices_of(bound, active, kinds, self._groups, travel=travel)
+            matrices_of(
+                bound,
+                active,
+                kinds,
+                self._groups,
+                travel=travel,
+                wire_dtype=self._options.wire_dtype,
+            )
             for travel in (True, False)
         )
         cost = self._costs.get(bound[0].group_ranks)
+        if self._cuda_graph:
+            cost = (cost or CostModel()).without_launches()
         size = bound[0].layout.group_size
-        return plan_matrices(travelling, size, self._options, cost), resident
+        plan = plan_matrices(travelling, size, self._options, cost, must_fit=is_whole)
+        if is_whole:
+            self._plans[tuple(indices)] = plan, resident
+        return plan, resident
 
     @property
-    def _early(self) -> tuple[bool, int]:
-        """What decides which buckets are sent in the backward pass."""
-        return self._options.overlap_backward, self._options.overlap_bytes
+    def _exchanged(self) -> tuple[object, ...]:
+        """What must agree of how matrices travel, beside the plan."""
+        options = self._options
+        return options.overlap_backward, options.overlap_bytes, options.memory_bytes
 
     def _kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch."""
@@ -175,7 +210,13 @@ class Setup:
         setting += [float(value) for value in (*scalars, *group["betas"])]  # tensors, perhaps
         scale = group["adjust_lr_fn"]
         setting.append(getattr(scale, "__qualname__", "a function") if callable(scale) else scale)
-        facts = (bound.layout.digest, bound.storage.dtype, setting, self._kind(group), self._early)
+        facts = (
+            bound.layout.digest,
+            bound.storage.dtype,
+            setting,
+            self._kind(group),
+            self._exchanged,
+        )
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flashns_dist.exchange import Exchange, Transfer
 from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.footprint import owner_bytes, pass_bytes
 from flashns_dist.optim.fused import FusedPasses
 from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.pieces import Pieces, Run
@@ -26,6 +28,7 @@ def matrices_of(
     groups: Sequence[dict[str, Any]],
     *,
     travel: bool,
+    wire_dtype: torch.dtype = torch.bfloat16,
 ) -> list[Matrix]:
     """The matrices of the active parameters of one process group that travel, or that do not.
 
@@ -35,6 +38,7 @@ def matrices_of(
         kinds: For each, what must agree for its matrices to be batched with others.
         groups: ``param_groups`` of the optimizer.
         travel: Which ones.
+        wire_dtype: That they are orthogonalized from.
     """
     found = []
     for index, parameter in enumerate(bound):
@@ -45,6 +49,12 @@ def matrices_of(
         for block in parameter.blocks:
             work = rule.work_shape(block.shape, group) if rule.selects else None
             matrix = Matrix(parameter.name, index, parameter.layout, block, kinds[index], work)
+            if travel:
+                workspace = owner_bytes(matrix.work_shape, group, wire_dtype)
+                passes = pass_bytes(parameter.storage.dtype, group) * (
+                    block.rows * block.cols / max(matrix.numel, 1)
+                )
+                matrix = replace(matrix, workspace_bytes=workspace, pass_bytes=passes)
             found.append(matrix)
     return found
 
@@ -54,10 +64,22 @@ def plan_matrices(
     group_size: int,
     options: ExchangeOptions,
     cost: CostModel | None = None,
+    *,
+    must_fit: bool = True,
 ) -> Plan:
     """The plan for matrices of one process group, with a cost model or the options' own.
 
     A backward pass makes gradients in the reverse of the order in which the parameters were given.
+
+    Args:
+        matrices: As ``matrices_of`` finds them.
+        group_size: Ranks in the process group.
+        options: How matrices travel.
+        cost: Cost model.
+        must_fit: See ``make_plan``.
+
+    Raises:
+        ValueError: Nothing fits into ``options.memory_bytes``, and something must.
     """
     return make_plan(
         matrices,
@@ -65,6 +87,8 @@ def plan_matrices(
         cost=cost or options.cost,
         wire_itemsize=options.wire_dtype.itemsize,
         bucket_bytes=options.bucket_bytes,
+        memory_bytes=options.memory_bytes,
+        must_fit=must_fit,
         replicas=options.replicas,  # type: ignore[arg-type]
         arrival=range(len(matrices), 0, -1) if options.overlap_backward else None,
     )
@@ -238,16 +262,14 @@ class MatrixStep:
         compute: Callable[[int, _UnderWay], None],
         finish: Callable[[int, _UnderWay], None],
     ) -> None:
-        """Bucket k + 1 is gathered and bucket k - 1 scattered while k is on its owners."""
-        num_buckets = len(self._plan.buckets)
         under_way: dict[int, _UnderWay] = {}
-        for bucket in range(num_buckets + 2):
-            if bucket < num_buckets:
+        for turn, bucket in self._plan.order:
+            if turn == "gather":
                 under_way[bucket] = gather(bucket)
-            if 1 <= bucket <= num_buckets:
-                compute(bucket - 1, under_way[bucket - 1])
-            if bucket >= 2:
-                finish(bucket - 2, under_way.pop(bucket - 2))
+            elif turn == "compute":
+                compute(bucket, under_way[bucket])
+            else:
+                finish(bucket, under_way.pop(bucket))
 
     def _gather(self, bucket: int, run: Run) -> _UnderWay:
         state = _UnderWay(self.exchange, bucket)

@@ -19,6 +19,7 @@ from flashns_dist.orthogonalize.cost import choose_method, flop_count
 from flashns_dist.orthogonalize.entry import CoefficientsLike, orthogonalize
 from flashns_dist.orthogonalize.methods import METHODS
 from flashns_dist.orthogonalize.solver import polar_express
+from flashns_dist.orthogonalize.workspace import workspace_bytes
 
 __all__ = [
     "AOL",
@@ -37,4 +38,5 @@ __all__ = [
     "orthogonalize",
     "polar_express",
     "resolve_coefficients",
+    "workspace_bytes",
 ]

@@ -2,11 +2,11 @@
 
 from flashns_dist.plan.cost import CostModel
 from flashns_dist.plan.plan import Matrix, Plan, Prediction
-from flashns_dist.plan.planner import DEFAULT_BUCKET_BYTES, make_plan
+from flashns_dist.plan.planner import DEFAULT_MEMORY_BYTES, make_plan
 from flashns_dist.plan.timeline import Stages, plan_stages, step_seconds
 
 __all__ = [
-    "DEFAULT_BUCKET_BYTES",
+    "DEFAULT_MEMORY_BYTES",
     "CostModel",
     "Matrix",
     "Plan",

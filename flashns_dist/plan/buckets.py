@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from math import ceil
 
 from flashns_dist.plan.plan import Matrix
-from flashns_dist.plan.traffic import Traffic
+from flashns_dist.plan.traffic import Traffic, places_of
+
+_MOST_GROWTH = 0.25  # of the number of buckets, from one attempt to the next
 
 
 class Buckets:
@@ -17,8 +19,6 @@ class Buckets:
         group_size: Ranks in the process group.
         owners: Of each matrix.
         seconds: To orthogonalize each matrix.
-        cap: Elements that a rank may hold of one bucket; twice as many where nothing travels, since
-            that needs no transfer buffers.
         arrival: For each matrix, its place in the order of the buckets; None for the order of their
             shapes, of which a bucket then makes the largest batches.
     """
@@ -29,12 +29,11 @@ class Buckets:
         group_size: int,
         owners: Sequence[tuple[int, ...]],
         seconds: Sequence[float],
-        cap: int,
         arrival: Sequence[int] | None = None,
     ) -> None:
         self.matrices, self.group_size, self.owners = matrices, group_size, owners
-        self.total = Traffic(group_size)
-        self.total.add(matrices, owners, range(len(matrices)))
+        self._places = [places_of(matrix) for matrix in matrices]
+        self.total = self._traffic(range(len(matrices)))
         self.busy = [0.0] * group_size
         self.most_owned = 0
         self._seconds = seconds
@@ -50,29 +49,46 @@ class Buckets:
             indices.sort(key=lambda i: (matrices[i].work_shape, matrices[i].kind, i), reverse=True)
             if arrival is not None:
                 indices.sort(key=lambda i: arrival[i])
-        alone = [
+        alone = (
             matrix.numel * max(-(-matrix.layout.num_replicas // len(ranks)), 1)
             for matrix, ranks in zip(matrices, owners, strict=True)
-        ]
-        self._cap, self._local_cap = (max(most, *alone, 0) for most in (cap, 2 * cap))
+        )
+        self._alone = max(alone, default=0)
+        self._cap = self._local_cap = 0
 
-    def cut(self, at_least: int) -> list[tuple[tuple[int, ...], Traffic]]:
-        """Buckets that keep to the cap, and their traffic; at least so many where there are enough
-        matrices.
+    def caps(self, cap: int) -> tuple[int, int]:
+        """What ``cut`` makes of a cap where something travels, and where nothing does.
+
+        A single matrix (with the copies that replicas get) may take more. Where nothing travels
+        there are no transfer buffers, and a bucket may be twice as large.
         """
+        return max(cap, self._alone), max(2 * cap, self._alone)
+
+    def cut(self, at_least: int, cap: int) -> list[tuple[tuple[int, ...], Traffic]]:
+        """Buckets and their traffic.
+
+        Args:
+            at_least: How many there are, where there are enough matrices.
+            cap: Most elements that a rank holds of one: see ``caps``.
+        """
+        self._cap, self._local_cap = self.caps(cap)
         if not self.matrices:
             return []
         number = max(at_least, ceil(self._fill(self.total)), 1)
         while True:
             number = min(number, self.most_owned)
-            buckets = self._evenly(number)
-            traffic = [self._traffic(bucket) for bucket in buckets]
-            excess = max(map(self._fill, traffic))
+            buckets, traffic, excess = self._evenly(number), [], 0.0
+            is_last = number == self.most_owned
+            for bucket in buckets:
+                traffic.append(self._traffic(bucket))
+                excess = max(excess, self._fill(traffic[-1]))
+                if excess - 1 >= _MOST_GROWTH and not is_last:
+                    break  # there will be more of them anyway
             if excess <= 1:
                 return [(tuple(sorted(b)), t) for b, t in zip(buckets, traffic, strict=True)]
-            if number == self.most_owned:
+            if is_last:
                 break
-            number += max(1, int(number * min(excess - 1, 0.25)))
+            number += max(1, int(number * min(excess - 1, _MOST_GROWTH)))
         kept: list[tuple[tuple[int, ...], Traffic]] = []
         for bucket, t in zip(buckets, traffic, strict=True):
             parts = [bucket] if self._fill(t) <= 1 else self._split(bucket)
@@ -96,7 +112,15 @@ class Buckets:
 
     def _traffic(self, bucket: Sequence[int]) -> Traffic:
         traffic = Traffic(self.group_size)
-        traffic.add(self.matrices, self.owners, bucket)
+        others = []
+        for index in bucket:
+            places = self._places[index]
+            if places is None:
+                others.append(index)
+            else:
+                traffic.add_placed(places, self.owners[index][0])
+        if others:
+            traffic.add(self.matrices, self.owners, others)
         return traffic
 
     def _split(self, bucket: Sequence[int]) -> list[list[int]]:

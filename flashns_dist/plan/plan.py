@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from flashns_dist.layout import Block, Box, Layout, Piece, block_holders, rank_pieces
 from flashns_dist.plan.routing import replica_of
@@ -23,6 +25,8 @@ class Matrix:
             as text.
         work: Rows and columns of what travels and is orthogonalized, where that is a selection of
             the block's, another one in each step; None for all of them.
+        workspace_bytes: That orthogonalizing it takes beyond itself, its result included.
+        pass_bytes: Per element that a rank stores of it, that the elementwise passes take at once.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Matrix:
     block: Block
     kind: str = ""
     work: tuple[int, int] | None = None
+    workspace_bytes: int = 0
+    pass_bytes: float = 0.0
 
     @property
     def work_shape(self) -> tuple[int, int]:
@@ -49,6 +55,28 @@ class Matrix:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+Turn = Literal["gather", "compute", "finish"]
+
+
+def step_order(num_buckets: int, depth: int) -> Iterator[tuple[Turn, int]]:
+    """The order of a step: momentum and gather, owner and scatter, wait and update of each bucket.
+
+    Args:
+        num_buckets: In the plan.
+        depth: How many buckets are under way at a time. With 3, bucket k + 1 is gathered and bucket
+            k - 1 scattered while bucket k is on its owners; with 2, bucket k + 1 is gathered; with
+            1, each bucket ends before the next one begins.
+    """
+    for turn in range(num_buckets + depth - 1):
+        computed, finished = turn - min(1, depth - 1), turn - (depth - 1)
+        if turn < num_buckets:
+            yield "gather", turn
+        if 0 <= computed < num_buckets:
+            yield "compute", computed
+        if finished >= 0:
+            yield "finish", finished
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the cost model expects of one step on one group.
@@ -57,11 +85,16 @@ class Prediction:
         compute_seconds: Orthogonalization per group rank.
         sent_bytes: Bytes each group rank sends to others, both ways together.
         step_seconds: Of the whole step, overlapped as in ``timeline.py``.
+        buffer_bytes: Reserved by each group rank for transfers.
+        memory_bytes: Allocated by each group rank at the peak of a step, beyond weights, gradients
+            and state; with those buffers, as in ``memory.py``.
     """
 
     compute_seconds: tuple[float, ...]
     sent_bytes: tuple[float, ...]
     step_seconds: float
+    buffer_bytes: tuple[int, ...]
+    memory_bytes: tuple[int, ...]
 
     @property
     def balance(self) -> float:
@@ -80,6 +113,8 @@ class Plan:
         owners: For each matrix, the group ranks that orthogonalize it: one where the work is
             shared by all replicas, several where groups of replicas (or each one) repeat it.
         buckets: Indices of the matrices that move and are orthogonalized together, in order.
+        depth: How many buckets are under way at a time, each in buffers of its own: see
+            ``step_order``.
         prediction: What the cost model expects.
     """
 
@@ -87,14 +122,20 @@ class Plan:
     matrices: tuple[Matrix, ...]
     owners: tuple[tuple[int, ...], ...]
     buckets: tuple[tuple[int, ...], ...]
+    depth: int
     prediction: Prediction
 
     @cached_property
     def digest(self) -> str:
         """A short text that is equal on all ranks exactly when their plans are."""
         parts = [m.digest for m in self.matrices]
-        text = repr((self.group_size, parts, self.owners, self.buckets))
+        text = repr((self.group_size, parts, self.owners, self.buckets, self.depth))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def order(self) -> Iterator[tuple[Turn, int]]:
+        """What a step does with which bucket, in order: ``step_order``."""
+        return step_order(len(self.buckets), self.depth)
 
     def boxes(self, index: int) -> tuple[tuple[int, Box, tuple[int, ...]], ...]:
         """The distinct boxes of matrix ``index``: (part of the block, box, ranks that store it)."""

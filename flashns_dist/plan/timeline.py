@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flashns_dist.plan.cost import CostModel
-from flashns_dist.plan.plan import Matrix, Plan
+from flashns_dist.plan.plan import Matrix, Plan, step_order
 from flashns_dist.plan.traffic import Traffic
 
 
@@ -32,34 +33,43 @@ class Stages:
     host: float
 
 
+Batches: TypeAlias = "Counter[tuple[tuple[int, int], str, int]]"
+"""How many matrices of one bucket a rank owns, by shape, kind and workspace."""
+
+
+def batches_of(
+    matrices: Sequence[Matrix], owners: Sequence[tuple[int, ...]], bucket: Sequence[int]
+) -> dict[int, Batches]:
+    """What the owners of a bucket's matrices orthogonalize, by rank."""
+    together: dict[tuple[int, ...], Batches] = {}
+    for index in bucket:
+        matrix = matrices[index]
+        key = (matrix.work_shape, matrix.kind, matrix.workspace_bytes)
+        together.setdefault(owners[index], Counter())[key] += 1
+    batches: dict[int, Batches] = {}
+    for ranks, counts in together.items():
+        for rank in ranks:
+            found = batches.get(rank)
+            batches[rank] = counts if found is None else found + counts
+    return batches
+
+
 def bucket_stages(
-    matrices: Sequence[Matrix],
-    owners: Sequence[tuple[int, ...]],
-    bucket: Sequence[int],
-    traffic: Traffic,
-    cost: CostModel,
-    wire_itemsize: int,
+    batches: Mapping[int, Batches], traffic: Traffic, cost: CostModel, wire_itemsize: int
 ) -> Stages:
     """What the cost model says of one bucket.
 
     Args:
-        matrices: In parameter order.
-        owners: Of each matrix.
-        bucket: Indices of its matrices.
+        batches: By rank.
         traffic: What the bucket makes ranks send, receive, store and own.
         cost: Cost model.
         wire_itemsize: Bytes per element that travels.
     """
-    batches: dict[int, Counter[tuple[tuple[int, int], str]]] = {}
-    for index in bucket:
-        matrix = matrices[index]
-        for rank in owners[index]:
-            batches.setdefault(rank, Counter())[matrix.work_shape, matrix.kind] += 1
     known: dict[tuple[tuple[int, int], int], float] = {}
     busiest, most_batches = 0.0, 0
     for rank, counts in batches.items():
         seconds = cost.memory_seconds(cost.copy_bytes * traffic.owned[rank])
-        for (shape, _), count in counts.items():
+        for (shape, *_), count in counts.items():
             key = (shape, count)
             if key not in known:
                 known[key] = cost.orthogonalize_batch_seconds(*shape, count)
@@ -82,29 +92,25 @@ def _travel(num_bytes: int, cost: CostModel) -> float:
     return cost.exchange_seconds + cost.wire_seconds(num_bytes) if num_bytes else 0.0
 
 
-def step_seconds(stages: Sequence[Stages], cost: CostModel) -> float:
-    """Seconds of a step: the order of ``MatrixStep``, with one stream that computes and one wire.
+def step_seconds(stages: Sequence[Stages], cost: CostModel, depth: int) -> float:
+    """Seconds of a step: the order of ``step_order``, with one stream that computes and one wire.
 
-    Bucket k + 1 is gathered and bucket k - 1 scattered while bucket k is on its owners. The host
-    runs ahead of the device, or else is what a step waits for.
+    The host runs ahead of the device, or else is what a step waits for.
     """
     if not stages:
         return 0.0
     computing = wire = 0.0
-    gathered: list[float] = []
-    scattered: list[float] = []
-    for number in range(len(stages) + 1):
-        if number < len(stages):
-            computing += stages[number].before
-            wire = max(computing, wire) + stages[number].gather
-            gathered.append(wire)
-        if number > 0:
-            computing = max(computing, gathered[number - 1]) + stages[number - 1].owner
-            wire = max(computing, wire) + stages[number - 1].scatter
-            scattered.append(wire)
-        if number > 1:
-            computing = max(computing, scattered[number - 2]) + stages[number - 2].after
-    computing = max(computing, scattered[-1]) + stages[-1].after
+    arrived = [0.0] * len(stages)  # on the wire: pieces at the owners, then results at the holders
+    for turn, bucket in step_order(len(stages), depth):
+        stage = stages[bucket]
+        if turn == "gather":
+            computing += stage.before
+            wire = arrived[bucket] = max(computing, wire) + stage.gather
+        elif turn == "compute":
+            computing = max(computing, arrived[bucket]) + stage.owner
+            wire = arrived[bucket] = max(computing, wire) + stage.scatter
+        else:
+            computing = max(computing, arrived[bucket]) + stage.after
     return cost.step_seconds + max(computing, sum(stage.host for stage in stages))
 
 
@@ -114,7 +120,6 @@ def plan_stages(plan: Plan, cost: CostModel, wire_itemsize: int = 2) -> list[Sta
     for bucket in plan.buckets:
         traffic = Traffic(plan.group_size)
         traffic.add(plan.matrices, plan.owners, bucket)
-        found.append(
-            bucket_stages(plan.matrices, plan.owners, bucket, traffic, cost, wire_itemsize)
-        )
+        batches = batches_of(plan.matrices, plan.owners, bucket)
+        found.append(bucket_stages(batches, traffic, cost, wire_itemsize))
     return found

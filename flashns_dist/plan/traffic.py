@@ -11,6 +11,8 @@ from flashns_dist.layout import Block, Layout, block_holders, rank_pieces
 from flashns_dist.plan.plan import Matrix
 from flashns_dist.plan.routing import position, replica_of, share_of
 
+_FEW = 16
+
 
 class Traffic:
     """Elements that travel between ranks, by group rank and direction; exactly what schedules say.
@@ -82,6 +84,21 @@ class Traffic:
                 whole._add_alike(layout, block, owners, members)
                 self._add_part(whole, numel, block.rows * block.cols)
 
+    def add_placed(self, places: Sequence[tuple[int, int]], owner: int) -> None:
+        """Count one matrix, as ``places_of`` says."""
+        moved = total = 0
+        for holder, elements in places:
+            total += elements
+            self.stored[holder] += elements
+            if holder != owner:
+                moved += elements
+                self.gather_sends[holder] += elements
+                self.scatter_receives[holder] += elements
+        self.owned[owner] += total
+        if moved:
+            self.gather_receives[owner] += moved
+            self.scatter_sends[owner] += moved
+
     def _add_part(self, other: Traffic, numerator: int, denominator: int) -> None:
         """Add a fraction of another count."""
         for name, counts in vars(other).items():
@@ -149,6 +166,17 @@ class Traffic:
             self.scatter_receives[owner] -= elements
             instead = position(holders, owner) * len(owners) // len(holders)
             self.scatter_sends[owners[instead]] -= elements
+
+
+def places_of(matrix: Matrix) -> tuple[tuple[int, int], ...] | None:
+    """The (rank, elements) that store a matrix without replicas, all of which travels.
+
+    None for others, and where many ranks store it: ``Traffic.add`` counts these faster.
+    """
+    stored = _stored(matrix.layout, matrix.block)
+    if matrix.work is not None or len(stored) > _FEW or any(len(h) != 1 for h, _ in stored):
+        return None
+    return tuple((holder, elements) for (holder,), elements in stored)
 
 
 @cache

@@ -44,7 +44,7 @@ _ARGUMENTS = (
     "update_rule",
     *sorted(RULE_SETTINGS - _OF_REFUSED_RULES),
 )
-_EXCHANGE = ("wire_dtype", "bucket_bytes", "replicas")
+_EXCHANGE = ("wire_dtype", "memory_bytes", "bucket_bytes", "replicas")
 
 PARAMS = (*_ARGUMENTS, *_EXCHANGE, "overrides", "matrix_views")
 """The keys that ``"params"`` may hold."""

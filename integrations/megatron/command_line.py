@@ -93,7 +93,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     option("aux-lr", "peak learning rate of auxiliary parameters; default: --lr", type=float)
     option("nonfinite", "a NaN or infinity in a gradient: raise or skip the step")
     option("wire-dtype", "in which matrices travel", choices=["fp32", "bf16", "fp16"])
-    option("bucket-bytes", "most bytes buffered for one direction of one bucket", type=int)
+    option(
+        "memory-bytes",
+        "most bytes that a step takes on a rank; default: 1 GiB where that can be",
+        type=int,
+    )
+    option(
+        "bucket-bytes",
+        "most bytes buffered for one direction of one bucket; default: the planner's choice",
+        type=int,
+    )
     option("replicas", "what replicas of a matrix do: auto, share or repeat")
     group.add_argument(
         "--flashmuon-cautious",

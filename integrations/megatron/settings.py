@@ -46,7 +46,7 @@ class Settings:
         split_gate_up: Likewise gate and up projection of a gated ``linear_fc1``.
         overrides: From name patterns to ``"muon"`` (a matrix), ``"adamw"`` (auxiliary) or another
             update rule.
-        wire_dtype, bucket_bytes, replicas: As ExchangeOptions'; the dtype by name.
+        wire_dtype, memory_bytes, bucket_bytes, replicas: As ExchangeOptions'; the dtype by name.
     """
 
     method: str = "auto"
@@ -64,7 +64,8 @@ class Settings:
     split_gate_up: bool = True
     overrides: Mapping[str, str] = field(default_factory=dict)
     wire_dtype: str = "bf16"
-    bucket_bytes: int = 64 * 2**20
+    memory_bytes: int | None = None
+    bucket_bytes: int | None = None
     replicas: str = "auto"
 
     def rule(self, kind: str) -> str:
@@ -143,6 +144,7 @@ def resolve(config: Any, settings: Settings) -> Resolved:
     _refuse(muon)
     exchange = ExchangeOptions(
         wire_dtype=_dtype("wire-dtype", settings.wire_dtype),
+        memory_bytes=settings.memory_bytes,
         bucket_bytes=settings.bucket_bytes,
         replicas=settings.replicas,
     )
@@ -179,8 +181,8 @@ def resolve(config: Any, settings: Settings) -> Resolved:
             if key not in ("exchange", "update_rule", *settings.rule_settings)
         ),
         *_rule_lines(settings, groups),
-        f"wire_dtype = {settings.wire_dtype}, bucket_bytes = {settings.bucket_bytes}, "
-        f"replicas = {settings.replicas}",
+        f"wire_dtype = {settings.wire_dtype}, memory_bytes = {settings.memory_bytes}, "
+        f"bucket_bytes = {settings.bucket_bytes}, replicas = {settings.replicas}",
         f"split_qkv = {split_qkv}, split_gate_up = {settings.split_gate_up}",
         *(f"overrides: {k} = {v}" for k, v in settings.overrides.items()),
         *steps_line,

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from flashns_dist.layout import leading_blocks, placements_layout
+from flashns_dist.orthogonalize import workspace_bytes
 from flashns_dist.plan import Matrix
 from launch.bench.models import MODELS, Shape, Shapes
 from launch.world import World
@@ -40,7 +41,13 @@ class Case:
     def matrices(self) -> list[Matrix]:
         """For the planner."""
         return [
-            Matrix(name, index, placements_layout(shape, self.placements(shape), self.mesh), block)
+            Matrix(
+                name,
+                index,
+                placements_layout(shape, self.placements(shape), self.mesh),
+                block,
+                workspace_bytes=workspace_bytes("auto", *block.shape),
+            )
             for index, (name, shape) in enumerate(self.shapes)
             for block in leading_blocks(shape)
         ]

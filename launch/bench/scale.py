@@ -19,8 +19,8 @@ from typing import Any
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from flashns_dist.layout import leading_blocks, placements_layout
-from flashns_dist.plan import CostModel, Matrix, Plan, make_plan, plan_stages
-from flashns_dist.plan.traffic import Traffic
+from flashns_dist.orthogonalize import workspace_bytes
+from flashns_dist.plan import CostModel, Matrix, make_plan, plan_stages
 from launch.bench.models import MODELS, Shape, num_elements
 
 RANKS = (8, 32, 128, 512, 1024, 2048, 4096)
@@ -31,6 +31,7 @@ ADAMW_BYTES = 28  # per element: weight, gradient and two moments read, all but 
 ADAMW_RATE = (
     3.0e12  # bytes/s: torch's fused AdamW on 7 B parameters, docs/benchmarks/step-h200.jsonl
 )
+UNBOUNDED = 2**60
 DEFAULTS = "defaults"
 MARK = "<!-- table -->"
 
@@ -52,7 +53,11 @@ def matrices_of(model: str, ranks: int) -> list[Matrix]:
     for index, (name, shape) in enumerate(MODELS[model]()):
         placements, mesh = placed(shape, ranks)
         layout = placements_layout(shape, placements, mesh)
-        found += [Matrix(name, index, layout, block) for block in leading_blocks(shape)]
+        taken = workspace_bytes("auto", *shape[-2:])
+        found += [
+            Matrix(name, index, layout, block, workspace_bytes=taken)
+            for block in leading_blocks(shape)
+        ]
     return found
 
 
@@ -68,37 +73,18 @@ def on_many_hosts(cost: CostModel, ranks: int, link: float, peer_seconds: float)
     )
 
 
-def buffers(plan: Plan, itemsize: int = 2) -> tuple[int, int]:
-    """Bytes of the busiest rank: two sets of four transfer buffers, and one bucket's batch."""
-    largest = [0] * 5
-    for bucket in plan.buckets:
-        traffic = Traffic(plan.group_size)
-        traffic.add(plan.matrices, plan.owners, bucket)
-        for place, counts in enumerate(
-            (
-                traffic.gather_sends,
-                traffic.gather_receives,
-                traffic.scatter_sends,
-                traffic.scatter_receives,
-                traffic.owned,
-            )
-        ):
-            largest[place] = max(largest[place], *counts)
-    return 2 * itemsize * sum(largest[:4]), itemsize * largest[4]
-
-
 def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
-    """One model on some number of ranks."""
+    """One model on some number of ranks, with the default cap on memory and without any."""
     matrices = matrices_of(model, ranks)
     begin = time.perf_counter()
     plan = make_plan(matrices, ranks, cost=cost)
     took = time.perf_counter() - begin
+    unbounded = make_plan(matrices, ranks, cost=cost, memory_bytes=UNBOUNDED).prediction
     prediction, stages = plan.prediction, plan_stages(plan, cost)
     stored = [0] * ranks
     for matrix in {m.tensor: m for m in matrices}.values():
         for rank in range(ranks):
             stored[rank] += matrix.layout.local_numel(rank)
-    exchanged, batch = buffers(plan)
     return {
         "model": model,
         "elements": num_elements(MODELS[model]()),
@@ -114,8 +100,11 @@ def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
         "passes_seconds": sum(stage.before + stage.after for stage in stages),
         "host_seconds": sum(stage.host for stage in stages),
         "sent_bytes": max(prediction.sent_bytes),
-        "exchange_bytes": exchanged,
-        "batch_bytes": batch,
+        "depth": plan.depth,
+        "buffer_bytes": max(prediction.buffer_bytes),
+        "memory_bytes": max(prediction.memory_bytes),
+        "unbounded_memory_bytes": max(unbounded.memory_bytes),
+        "unbounded_step_seconds": unbounded.step_seconds,
         "step_seconds": prediction.step_seconds,
         "adamw_seconds": ADAMW_BYTES * max(stored) / ADAMW_RATE,
     }
@@ -124,9 +113,10 @@ def line(model: str, ranks: int, cost: CostModel) -> dict[str, Any]:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row for each model and number of ranks, the second cost model in parentheses."""
     rows = [
-        "| model | ranks | balance | ranks that work | sent per rank, MB | buffers + batch, MiB | "
-        "orthogonalize ms | wire ms | launches ms | step ms | fused AdamW ms | planned in s |",
-        "|" + "---|" * 12,
+        "| model | ranks | balance | ranks that work | sent per rank, MB | memory, MiB | "
+        "buckets under way | orthogonalize ms | wire ms | launches ms | step ms | "
+        "memory without a cap, MiB | step ms then | fused AdamW ms | planned in s |",
+        "|" + "---|" * 15,
     ]
     cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in lines:
@@ -142,8 +132,11 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells = [
             *(model, str(ranks), cell(own, "balance", 2), str(one["working_ranks"])),
             cell(own[:1], "sent_bytes", 0, 1e-6),
-            f"{one['exchange_bytes'] / 2**20:.0f} + {one['batch_bytes'] / 2**20:.0f}",
+            cell(own[:1], "memory_bytes", 0, 2**-20),
+            str(one["depth"]),
             *(cell(own, f"{name}_seconds", 1, 1e3) for name in seconds),
+            cell(own[:1], "unbounded_memory_bytes", 0, 2**-20),
+            cell(own, "unbounded_step_seconds", 1, 1e3),
             cell(own[:1], "adamw_seconds", 2, 1e3),
             cell(own[:1], "plan_seconds", 1),
         ]

@@ -154,7 +154,11 @@ def collect() -> None:
 
 def planned(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> Plan:
     """The plan that FlashMuon makes of a case."""
-    return plan_matrices(case.matrices(), num_ranks, exchange_options(keywords))
+    options = exchange_options(keywords)
+    cost = options.cost or CostModel()
+    if keywords.get("cuda_graph"):
+        cost = cost.without_launches()
+    return plan_matrices(case.matrices(), num_ranks, options, cost)
 
 
 def expected(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
@@ -167,7 +171,7 @@ def expected(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> dict[st
         cost = cost.without_launches()
     stages = plan_stages(plan, cost, options.wire_dtype.itemsize)
     return {
-        "predicted_seconds": step_seconds(stages, cost),
+        "predicted_seconds": step_seconds(stages, cost, plan.depth),
         "predicted_stages": {
             field.name: sum(getattr(stage, field.name) for stage in stages)
             for field in dataclasses.fields(Stages)
@@ -175,7 +179,9 @@ def expected(case: Case, keywords: Mapping[str, Any], num_ranks: int) -> dict[st
         "predicted_orthogonalize_seconds": max(prediction.compute_seconds),
         "balance": prediction.balance,
         "buckets": len(plan.buckets),
+        "depth": plan.depth,
         "sent_bytes": max(prediction.sent_bytes),
+        "predicted_memory_bytes": max(prediction.memory_bytes),
     }
 
 
@@ -320,7 +326,10 @@ def _line(case: str, name: str, timing: Timing | None, result: Mapping[str, Any]
     )
     if "predicted_seconds" in result:
         ratio = result["predicted_seconds"] / timing.median
-        text += f", predicted {1e3 * result['predicted_seconds']:.3f} ms ({ratio:.2f} of it)"
+        text += (
+            f", predicted {1e3 * result['predicted_seconds']:.3f} ms ({ratio:.2f} of it) and "
+            f"{result['predicted_memory_bytes'] / 2**20:.0f} MiB"
+        )
     return text
 
 

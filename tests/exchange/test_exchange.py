@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -258,20 +259,20 @@ def round_trip(seeds: list[int]) -> int:
         gathers: dict[int, Transfer] = {}
         scatters: dict[int, Transfer] = {}
         inputs: dict[int, dict[int, Tensor]] = {}
-        for bucket in range(len(plan.buckets) + 2):
-            if bucket < len(plan.buckets):
+        for turn, bucket in plan.order:
+            if turn == "gather":
                 held = exchange.schedules[bucket].held
                 directions = [piece.view(local[plan.matrices[i].tensor]) for i, piece in held]
                 into = inputs[bucket] = empty_inputs(plan, exchange, bucket)
                 gathers[bucket] = exchange.start_gather(bucket, directions, into)
-            if 0 <= bucket - 1 < len(plan.buckets):
-                into = inputs.pop(bucket - 1)
-                exchange.finish_gather(bucket - 1, gathers.pop(bucket - 1), into)
+            elif turn == "compute":
+                into = inputs.pop(bucket)
+                exchange.finish_gather(bucket, gathers.pop(bucket), into)
                 results = answer(plan, into, full, dtype)
-                scatters[bucket - 1] = exchange.start_scatter(bucket - 1, results)
-            if 0 <= bucket - 2 < len(plan.buckets):
-                check_updates(plan, exchange, bucket - 2, scatters.pop(bucket - 2), full, dtype)
-                transferred += len(exchange.schedules[bucket - 2].held)
+                scatters[bucket] = exchange.start_scatter(bucket, results)
+            else:
+                check_updates(plan, exchange, bucket, scatters.pop(bucket), full, dtype)
+                transferred += len(exchange.schedules[bucket].held)
         assert exchange.buffer_bytes == reserved
         check_inputs_unchanged(plan, rank, local, full)
     return transferred
@@ -339,28 +340,39 @@ def row_sharded_plan(size: int, num_matrices: int) -> Plan:
     return make_plan(matrices, size, bucket_bytes=2 * 8 * 6)
 
 
-def reused_buffers() -> tuple[int, list[int]]:
+def reused_buffers(depth: int) -> tuple[int, list[list[int]]]:
     rank, size = dist.get_rank(), dist.get_world_size()
-    plan = row_sharded_plan(size, 6 * size)
+    plan = replace(row_sharded_plan(size, 6 * size), depth=depth)
     exchange = Exchange(plan, dist.group.WORLD, rank, rank_device())
     addresses = []
     for bucket in range(len(plan.buckets)):
         held = exchange.schedules[bucket].held
         sources = [torch.ones(piece.box.size, device=rank_device()) for _, piece in held]
-        transfer = exchange.start_gather(bucket, sources, empty_inputs(plan, exchange, bucket))
-        transfer.wait()
-        addresses.append(transfer.received.data_ptr())
+        into = empty_inputs(plan, exchange, bucket)
+        transfer = exchange.start_gather(bucket, sources, into)
+        exchange.finish_gather(bucket, transfer, into)
+        back = exchange.start_scatter(bucket, into)
+        back.wait()
+        assert back.sent is not None
+        assert transfer.sent is not None
+        assert transfer.received.data_ptr() == back.sent.data_ptr()
+        assert transfer.sent.data_ptr() == back.received.data_ptr()
+        addresses.append(exchange.addresses(bucket))
+        assert addresses[-1] == addresses[-1][::-1]
     return exchange.buffer_bytes, addresses
 
 
-def test_two_pairs_of_buffers_serve_all_buckets(ranks: RankPool) -> None:
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_pair_of_buffers_for_each_bucket_under_way_serves_all(
+    ranks: RankPool, depth: int
+) -> None:
     size = 2
-    for reserved, addresses in ranks.run(size, reused_buffers):
+    for reserved, addresses in ranks.run(size, reused_buffers, depth):
         assert len(addresses) == 6
-        assert len(set(addresses)) == 2
-        assert addresses[0::2] == addresses[:1] * 3
-        # One 8 x 6 bf16 matrix per owner and bucket; half of it stays, both ways, both buckets.
-        assert reserved == 2 * 4 * (8 * 6 // 2) * 2
+        assert len({tuple(each) for each in addresses}) == depth
+        assert addresses == addresses[:depth] * (6 // depth)
+        # One 8 x 6 bf16 matrix per owner and bucket; half of it stays.
+        assert reserved == depth * 2 * (8 * 6 // 2) * 2
 
 
 def one_process() -> None:

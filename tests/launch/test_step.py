@@ -52,6 +52,7 @@ def test_every_candidate_is_measured_or_says_why_not(ranks, tmp_path: Path) -> N
         assert 0 <= line["state_bytes"] - 4 * states * stored <= 8 * line["parameters"]
         if name.startswith("FlashMuon"):
             assert line["predicted_seconds"] > 0
+            assert line["predicted_memory_bytes"] > 0
     (profile,) = [line for line in lines if line["question"] == "profile"]
     assert set(profile["parts"]) == set(trace.PARTS)
 

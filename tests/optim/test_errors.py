@@ -51,6 +51,7 @@ def test_an_unsuitable_argument_is_named(settings: dict[str, object], message: s
     [
         ({"wire_dtype": torch.int8}, "wire_dtype"),
         ({"bucket_bytes": 0}, "bucket_bytes=0"),
+        ({"memory_bytes": -1}, "memory_bytes=-1"),
         ({"replicas": "many"}, "replicas='many'"),
         ({"replica_group": "node"}, "replica_group='node'"),
     ],
@@ -408,3 +409,51 @@ def test_groups_of_worlds_that_are_gone_are_not_kept(ranks: RankPool) -> None:
     """They would hold threads and communicators."""
     for _ in range(2):
         assert ranks.run(3, groups_of_meshes)[:2] == [(1, 0)] * 2
+
+
+def too_little_memory() -> None:
+    """On every rank, also on those that store none of the matrices that do not fit."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    pair = (rank // 2 * 2, rank // 2 * 2 + 1)
+    groups = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
+    mesh = DeviceMesh.from_group(groups[rank // 2], rank_device().type)
+    large = torch.ones(64, 64) if rank < 2 else torch.ones(4, 4)
+    local = distribute_tensor(large.to(rank_device()), mesh, [Shard(0)], src_data_rank=None)
+    named = [(f"of {pair}", nn.Parameter(local)), *sharded([torch.ones(4, 4)])]
+    optimizer = FlashMuon(with_gradients(named), exchange=ExchangeOptions(memory_bytes=8192))
+    words = ("memory_bytes=8192 is too little", "of (0, 1), 64 x 64, takes most", "at least ")
+    for _ in range(2):
+        expect_error(optimizer, (ValueError,) if rank < 2 else (RuntimeError,), *words)
+
+
+def test_too_little_memory_is_an_error_on_every_rank(ranks: RankPool) -> None:
+    ranks.run(4, too_little_memory)
+
+
+def other_memory_on_one_rank() -> None:
+    for ours, theirs in ((1, 2**30), (2**29, 2**30), (None, 2**30)):
+        options = ExchangeOptions(memory_bytes=theirs if dist.get_rank() == 1 else ours)
+        optimizer = FlashMuon(with_gradients(sharded([torch.ones(6, 8)])), exchange=options)
+        expect_error(optimizer, (RuntimeError,), "ranks [1] disagree", "layer.0")
+
+
+def test_another_cap_on_memory_on_one_rank_is_an_error(ranks: RankPool) -> None:
+    ranks.run(2, other_memory_on_one_rank)
+
+
+def fewer_matrices_than_were_planned() -> None:
+    """A cap that all matrices keep to does not stop a step of some of them."""
+    values = [torch.ones(4 + 4 * (i % 3), 16) for i in range(9)]
+    named = with_gradients(sharded(values))
+    with pytest.raises(ValueError, match="too little") as error:
+        FlashMuon(named, exchange=ExchangeOptions(memory_bytes=1)).step()
+    least = int(str(error.value).split("memory_bytes to at least ")[1].split(",")[0])
+    optimizer = FlashMuon(named, exchange=ExchangeOptions(memory_bytes=least))
+    optimizer.step()
+    for _, param in named[:4]:
+        param.grad = None
+    optimizer.step()
+
+
+def test_steps_of_some_matrices_keep_to_the_cap_too(ranks: RankPool) -> None:
+    ranks.run(2, fewer_matrices_than_were_planned)

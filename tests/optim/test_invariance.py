@@ -15,6 +15,7 @@ from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.layout import even_flat_layout, flat_layout, leading_blocks
 from flashns_dist.optim import BoundParameter
 from flashns_dist.optim.settings import init_state
+from flashns_dist.plan import CostModel
 from flashns_dist.testing.pool import RankPool, rank_device
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -336,3 +337,57 @@ def test_flat_shards_follow_every_rule(ranks: RankPool, rule: str) -> None:
 def test_even_flat_layout_covers_everything() -> None:
     layout = even_flat_layout((7, 11), 4)
     assert sum(layout.local_numel(r) for r in range(4)) == 77
+
+
+SLOW_WIRE = CostModel(
+    batch_seconds=0.0,
+    bucket_seconds=0.0,
+    step_seconds=0.0,
+    exchange_seconds=1e-9,
+    link_bytes_per_second=1e8,
+)
+
+
+def compare_caps(scenario: Scenario) -> set[int]:
+    """How many buckets are under way under caps from the least that does to none."""
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    caps: list[dict[str, int]] = [{}, {"bucket_bytes": 1024}]
+    with pytest.raises(ValueError, match="memory_bytes=1 is too little") as error:
+        train_capped(scenario, mesh, {"memory_bytes": 1})
+    least = int(str(error.value).split("memory_bytes to at least ")[1].split(",")[0])
+    caps += [{"memory_bytes": least + least * n // 4} for n in range(9)]
+    caps += [{"memory_bytes": 2 * least, "bucket_bytes": 512}]
+    depths, expected = set(), None
+    for cap in caps:
+        weights, depth = train_capped(scenario, mesh, cap)
+        expected = expected or weights
+        depths.add(depth)
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True)), cap
+    return depths
+
+
+def train_capped(
+    scenario: Scenario, mesh: object, options: dict[str, int]
+) -> tuple[list[Tensor], int]:
+    params = [
+        nn.Parameter(place(full(shape, 0, i), mesh, placements))
+        for i, (shape, placements) in enumerate(scenario.matrices)
+    ]
+    optimizer = optimizer_of(params, scenario, cost=SLOW_WIRE, **options)
+    for step in range(2):
+        for i, (param, (shape, placements)) in enumerate(
+            zip(params, scenario.matrices, strict=True)
+        ):
+            param.grad = place(full(shape, 1 + step, i), mesh, placements)
+        optimizer.step()
+    (made,) = optimizer._steps.values()
+    return [whole(param.detach()) for param in params], made.exchange.plan.depth
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamuon"])
+def test_the_cap_on_memory_changes_no_weight(ranks: RankPool, rule: str) -> None:
+    matrices = tuple(((12 + i % 5, 20 + i % 3), (S0,)) for i in range(20))
+    scenario = Scenario((0,), matrices, settings={"update_rule": rule})
+    found = ranks.run(2, compare_caps, scenario)
+    assert found[0] == found[1]
+    assert found[0] == {1, 2, 3}

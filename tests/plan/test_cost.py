@@ -69,22 +69,29 @@ FREE = CostModel(step_seconds=0.0)
 
 
 def test_one_bucket_does_one_thing_after_the_other() -> None:
-    assert step_seconds([Stages(1.0, 2.0, 4.0, 8.0, 16.0, 0.0)], FREE) == pytest.approx(31.0)
+    assert step_seconds([Stages(1.0, 2.0, 4.0, 8.0, 16.0, 0.0)], FREE, 3) == pytest.approx(31.0)
 
 
 def test_the_wire_is_hidden_but_for_the_first_gather_and_the_last_scatter() -> None:
     stages = [Stages(0.0, 1.0, 10.0, 1.0, 0.0, 0.0)] * 5
-    assert step_seconds(stages, FREE) == pytest.approx(52.0)
+    assert step_seconds(stages, FREE, 3) == pytest.approx(52.0)
+
+
+def test_fewer_buckets_under_way_hide_less_of_the_wire() -> None:
+    stages = [Stages(0.0, 1.0, 10.0, 1.0, 0.0, 0.0)] * 5
+    assert step_seconds(stages, FREE, 2) == pytest.approx(1 + 5 * 11)  # gathers, but for the first
+    assert step_seconds(stages, FREE, 1) == pytest.approx(5 * 12)
+    assert step_seconds(stages[:1], FREE, 1) == step_seconds(stages[:1], FREE, 3)
 
 
 def test_a_slow_wire_hides_the_computation() -> None:
     stages = [Stages(0.0, 10.0, 1.0, 10.0, 0.0, 0.0)] * 5
-    assert step_seconds(stages, FREE) == pytest.approx(100.0)
+    assert step_seconds(stages, FREE, 3) == pytest.approx(100.0)
 
 
 def test_a_slow_host_is_what_a_step_waits_for() -> None:
     stages = [Stages(0.0, 1.0, 1.0, 1.0, 0.0, 50.0)] * 2
-    assert step_seconds(stages, replace(FREE, step_seconds=3.0)) == pytest.approx(103.0)
+    assert step_seconds(stages, replace(FREE, step_seconds=3.0), 3) == pytest.approx(103.0)
 
 
 def test_a_plan_counts_its_passes_copies_and_launches() -> None:
@@ -111,5 +118,5 @@ def test_a_plan_counts_its_passes_copies_and_launches() -> None:
     assert stage.owner == pytest.approx(0.5 + 7 * owned / 1e3)
     assert stage.gather == stage.scatter == pytest.approx(100.0 + 2 * (stored / 2) / 1e3)
     assert stage.host == pytest.approx(0.25 + 0.125)
-    assert plan.prediction.step_seconds == pytest.approx(step_seconds([stage], cost))
+    assert plan.prediction.step_seconds == pytest.approx(step_seconds([stage], cost, plan.depth))
     assert plan.prediction.step_seconds > 9.0

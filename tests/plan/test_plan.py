@@ -281,6 +281,15 @@ def test_buckets_follow_the_arrival_of_gradients() -> None:
     assert max(max(buffered(plan, rank)) for rank in (0, 1)) * 2 <= cap
 
 
+def test_buckets_that_follow_gradients_are_small_if_nobody_says_otherwise() -> None:
+    matrices = sharded(2, [(4096, 4096)] * 32)  # 32 MiB each
+    cost = CostModel(bucket_seconds=1.0)
+    plan = make_plan(matrices, 2, cost=cost, memory_bytes=2**40)
+    assert max(map(len, plan.buckets)) > 4
+    early = make_plan(matrices, 2, cost=cost, memory_bytes=2**40, arrival=range(32, 0, -1))
+    assert max(map(len, early.buckets)) == 4
+
+
 def test_the_digest_tells_plans_apart() -> None:
     base = sharded(2, [(16, 8), (8, 16), (12, 12)])
     other_layout = matrix(placements_layout((12, 12), (Shard(1),), (2,)), 2)
@@ -308,3 +317,5 @@ def test_unknown_arguments_are_refused() -> None:
         make_plan([], 2, replicas="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bucket_bytes=0 must be positive"):
         make_plan([], 2, bucket_bytes=0)
+    with pytest.raises(ValueError, match="memory_bytes=-1 must be positive"):
+        make_plan([], 2, memory_bytes=-1)

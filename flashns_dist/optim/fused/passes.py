@@ -161,19 +161,14 @@ class FusedPasses:
 
     def _has_rule(self, tensor: int) -> bool:
         """Whether a parameter's rule does what the kernels do, and nothing else."""
-        rule = type(MATRIX_RULES[self._groups[self._bound[tensor].group_index]["update_rule"]])
-        return rule.before is Muon.before and rule.after is Muon.after and not rule.selects
+        return has_fused_rule(self._groups[self._bound[tensor].group_index])
 
     def _has_memory(self, tensor: int) -> bool:
         """Whether a parameter's dtype, rounding and memory are what the kernels take."""
         bound = self._bound[tensor]
         local = bound.local(bound.storage)
         rounding = self._groups[bound.group_index]["rounding"]
-        return (
-            local.dtype in _DTYPES
-            and (local.dtype == torch.float32 or rounding == "nearest")
-            and local.is_contiguous()
-        )
+        return is_fused_dtype(local.dtype, rounding) and local.is_contiguous()
 
     def _kind(self, tensor: int, block: Block) -> int:
         """Number of the row of factors that a piece takes."""
@@ -356,6 +351,17 @@ class FusedPasses:
         pin = target.device.type == "cuda"
         source = torch.tensor(values, dtype=target.dtype, pin_memory=pin)
         target.copy_(source, non_blocking=True)
+
+
+def has_fused_rule(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group's rule does what the kernels do, and nothing else."""
+    rule = type(MATRIX_RULES[group["update_rule"]])
+    return rule.before is Muon.before and rule.after is Muon.after and not rule.selects
+
+
+def is_fused_dtype(dtype: torch.dtype, rounding: str) -> bool:
+    """Whether the kernels take weights of a dtype that are rounded so."""
+    return dtype in _DTYPES and (dtype == torch.float32 or rounding == "nearest")
 
 
 def fusing_possible(device: torch.device) -> bool:
