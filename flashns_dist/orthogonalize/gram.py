@@ -139,10 +139,11 @@ def run_ordered(
 
     Args:
         kernels: The backend.
-        matrix: ``(batch, n, n)``, the Gram matrix divided by ``scale``.
+        matrix: ``(batch, n, n)``, the Gram matrix divided by ``scale``; overwritten if there are
+            several steps.
         rows: The steps' coefficients.
         scale: Folded into the first step's products.
-        square: The square of ``matrix``, if known.
+        square: The square of ``matrix``, if known; overwritten.
 
     Returns:
         ``F`` of shape ``(batch, n, n)``, not exactly symmetric, and ``shift``.
@@ -152,7 +153,8 @@ def run_ordered(
     for before, row in pairwise(rows):
         a = slope(before)
         half = kernels.product(matrix, factor, alpha=scale, c=matrix, beta=a * scale)
-        matrix, scale = kernels.symmetric(factor, half, c=half, beta=a), 1.0
+        matrix, scale = kernels.symmetric(factor, half, c=half, beta=a, out=matrix), 1.0
+        del half, factor  # their memory is for the next step's
         factor = step_factor(kernels, matrix, row)
         a = slope(row)
         total = kernels.product(factor, total, c=total, beta=a, shift=shift)

@@ -89,12 +89,7 @@ def _iterate(
         last = end == coefficients.num_steps
         rows = coefficients.rows[begin:end]
         if begin == 0:
-            # Entries of X are about one at first and eigenvalues of its Gram matrix too, away from
-            # underflow; dividing by the bound is folded into the products.
-            matrix = kernels.gram(current, alpha=n / size**2)
-            scale, square = spectral_bound(kernels, matrix)
-            factor, shift = run_ordered(kernels, matrix, rows, Multiple(scale), square)
-            weight = Multiple(scale.sqrt(), math.sqrt(n) / size)
+            factor, shift, weight = _first_run(kernels, current, rows, size)
         else:
             factor, shift = run_ordered(kernels, kernels.gram(current), rows)
             weight = 1.0
@@ -107,4 +102,20 @@ def _iterate(
             transpose=transpose and last,
             dtype=dtype if last else current.dtype,
         )
+        del factor  # its memory is for the next run's
     return current
+
+
+def _first_run(
+    kernels: Kernels, current: Tensor, rows: tuple[tuple[float, ...], ...], size: float
+) -> tuple[Tensor, float, Scalar]:
+    """As ``run_ordered``, and by how much ``current`` is to be multiplied too.
+
+    Entries of X are about one at first and eigenvalues of its Gram matrix too, away from underflow;
+    dividing by the bound is folded into the products.
+    """
+    n = current.shape[-2]
+    matrix = kernels.gram(current, alpha=n / size**2)
+    scale, square = spectral_bound(kernels, matrix)
+    factor, shift = run_ordered(kernels, matrix, rows, Multiple(scale), square)
+    return factor, shift, Multiple(scale.sqrt(), math.sqrt(n) / size)

@@ -50,17 +50,20 @@ def step_factor(
             symmetric products. Degree 9 completes the square, ``h(R) = e Y^2 + q R + const`` with
             ``Y = R^2 + p R + g I``.
         scale: Per-matrix factor, folded into the products.
-        square: If given, the first product becomes one pass over ``gram`` and this.
+        square: If given, the first product becomes one pass over ``gram`` and this, which is
+            overwritten.
 
     Returns:
         ``(batch, n, n)``, symmetric, in the dtype of ``gram``.
     """
 
-    def squared(matrix: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    def squared(
+        matrix: Tensor, alpha: float, beta: float, gamma: float, *, out: Tensor | None = None
+    ) -> Tensor:
         """``alpha T^2 + beta R + gamma I`` for ``T = R`` if ``matrix`` is ``gram``."""
         if matrix is not gram:
             return kernels.symmetric(
-                matrix, matrix, alpha=alpha, c=gram, beta=beta * scale, gamma=gamma
+                matrix, matrix, alpha=alpha, c=gram, beta=beta * scale, gamma=gamma, out=out
             )
         if square is not None:
             return combine(
@@ -70,6 +73,7 @@ def step_factor(
                 alpha=Multiple(square.weight, alpha),
                 beta=beta * scale,
                 gamma=gamma,
+                out=square.matrix,
             )
         weight = alpha * scale * scale
         return kernels.symmetric(gram, gram, alpha=weight, c=gram, beta=beta * scale, gamma=gamma)
@@ -84,9 +88,9 @@ def step_factor(
         g = (c / e - p * p) / 2
         y = squared(gram, 1.0, p, g)
         return squared(y, e, b - 2 * e * p * g, -e * g * g)
-    value = squared(gram, *row[0:3])
-    value = squared(value, *row[3:6])
-    return squared(value, row[6], row[7], row[8] - slope(row))
+    first = squared(gram, *row[0:3])
+    second = squared(first, *row[3:6])
+    return squared(second, row[6], row[7], row[8] - slope(row), out=first)
 
 
 def scaled(matrix: Tensor, factor: Scalar) -> Tensor:

@@ -77,7 +77,7 @@ class _Sizes:
         return torch.empty(len(x), device="meta")
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
-        return self._new(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+        return self._result(out, len(x), x.shape[1], x.shape[1], dtype=x.dtype)
 
     def symmetric(
         self,
@@ -90,7 +90,7 @@ class _Sizes:
         gamma: Scalar = 0.0,
         out: Tensor | None = None,
     ) -> Tensor:
-        return self._new(len(a), a.shape[1], a.shape[1], dtype=a.dtype)
+        return self._result(out, len(a), a.shape[1], a.shape[1], dtype=a.dtype)
 
     def product(
         self,
@@ -108,7 +108,7 @@ class _Sizes:
     ) -> Tensor:
         scaled = None if column_scale is None else self._new(*a.shape, dtype=a.dtype)
         size = (x.shape[2], a.shape[1]) if transpose else (a.shape[1], x.shape[2])
-        result = self._new(len(a), *size, dtype=dtype or x.dtype)
+        result = self._result(out, len(a), *size, dtype=dtype or x.dtype)
         del scaled
         return result
 
@@ -120,8 +120,12 @@ class _Sizes:
         alpha: Scalar = 1.0,
         beta: Scalar = 1.0,
         gamma: Scalar = 0.0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return self._new(*a.shape, dtype=a.dtype)
+        return self._result(out, *a.shape, dtype=a.dtype)
+
+    def _result(self, out: Tensor | None, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self._new(*shape, dtype=dtype) if out is None else out
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         result = torch.empty(shape, dtype=dtype, device="meta")

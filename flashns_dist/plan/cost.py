@@ -16,7 +16,7 @@ class CostModel:
     The defaults describe one H200 (measured anchors: 790 TFLOP/s for large half-precision products,
     174-336 GB/s out per GPU in an all-to-all of 64 MB to 2 GB on four GPUs of one host). They need
     not be exact: a wrong model makes a plan slower, never wrong. ``flashns_dist.optim.calibration``
-    measures one for a machine.
+    measures one for a machine; the host times are those of one.
 
     Attributes:
         cube_flops, wide_flops: FLOPs of one orthogonalization are
@@ -25,6 +25,8 @@ class CostModel:
         flops_per_second: Rate reached on large matrices.
         half_rate_size: Short side at which half of that rate is reached.
         matrix_seconds: Fixed cost of one matrix.
+        stack_seconds: Of the device, fixed cost of one stack of matrices: its kernels begin and
+            end. What is in ``measured`` holds its own.
         link_bytes_per_second: Bytes that one rank sends in a second.
         exchange_seconds: Latency of one collective.
         memory_bytes_per_second: At which the elementwise passes read and write.
@@ -43,13 +45,14 @@ class CostModel:
     flops_per_second: float = 790e12
     half_rate_size: float = 512.0
     matrix_seconds: float = 2e-6
+    stack_seconds: float = 80e-6
     link_bytes_per_second: float = 250e9
     exchange_seconds: float = 40e-6
     memory_bytes_per_second: float = 3.6e12
     before_bytes: float = 14.0
     after_bytes: float = 10.0
     copy_bytes: float = 8.0
-    batch_seconds: float = 400e-6
+    batch_seconds: float = 1.2e-3
     bucket_seconds: float = 300e-6
     step_seconds: float = 300e-6
     measured: tuple[tuple[int, int, int, float], ...] = ()
@@ -62,7 +65,8 @@ class CostModel:
     def orthogonalize_batch_seconds(self, rows: int, cols: int, batch: int) -> float:
         """Seconds of the device for a ``(batch, rows, cols)`` stack."""
         n, m = min(rows, cols), max(rows, cols)
-        return batch * self._formula(n, m) * self._correction(n, m, batch)
+        fixed = 0.0 if self.measured else self.stack_seconds
+        return fixed + batch * self._formula(n, m) * self._correction(n, m, batch)
 
     def wire_seconds(self, num_bytes: float) -> float:
         """Seconds for a rank to send ``num_bytes``, latency not included."""

@@ -36,7 +36,7 @@ from launch.world import World, joined_world, leave_process
 
 
 def flash(
-    bucket_bytes: int, *, cuda_graph: bool = False, **options: Any
+    bucket_bytes: int | None, *, cuda_graph: bool = False, **options: Any
 ) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def made(model: nn.Module) -> torch.optim.Optimizer:
         exchange = ExchangeOptions(bucket_bytes=bucket_bytes, **options)
@@ -47,7 +47,7 @@ def flash(
 
 
 def contestants(
-    bucket_bytes: int, device: torch.device
+    bucket_bytes: int | None, device: torch.device
 ) -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
     found = {
         "FlashMuon": flash(bucket_bytes),
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="1b")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4, help="sequences per rank")
-    parser.add_argument("--bucket-bytes", type=int, default=64 * 2**20)
+    parser.add_argument("--bucket-bytes", type=int, help="default: the planner's")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)

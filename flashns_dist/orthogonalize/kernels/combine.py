@@ -16,6 +16,7 @@ def combine(
     alpha: Scalar,
     beta: Scalar,
     gamma: Scalar = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``alpha * a + beta * b + gamma * I``, computed in fp32 at least and rounded once.
 
@@ -27,17 +28,18 @@ def combine(
         alpha: A scalar.
         beta: The same.
         gamma: The same.
+        out: Where to write it: may be ``a``, contiguous. Default: a new tensor.
 
     Returns:
         ``(batch, n, n)`` in the dtype of ``a``; symmetric if ``a`` and ``b`` are.
     """
     fused = getattr(kernels, "combine", None)
     if fused is not None:
-        result: Tensor = fused(a, b, alpha=alpha, beta=beta, gamma=gamma)
+        result: Tensor = fused(a, b, alpha=alpha, beta=beta, gamma=gamma, out=out)
         return result
     wide = torch.promote_types(a.dtype, torch.float32)
     result = a.to(wide) * column(alpha)
     result += b * column(beta)
     if not is_number(gamma) or gamma != 0.0:
         result.diagonal(dim1=-2, dim2=-1)[:, None].add_(column(gamma))
-    return result.to(a.dtype)
+    return result.to(a.dtype) if out is None else out.copy_(result)

@@ -233,14 +233,17 @@ class TritonKernels:
         alpha: Scalar = 1.0,
         beta: Scalar = 1.0,
         gamma: Scalar = 0.0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """``alpha * a + beta * b + gamma * I`` for ``(batch, n, n)``, in one pass.
 
-        In fp32 and rounded once to the dtype of ``a``. An optional extra of this backend.
+        In fp32 and rounded once to the dtype of ``a``; ``out`` may be ``a``, and is contiguous. An
+        optional extra of this backend.
         """
         _check_dtype("combine", a.dtype)
         a, b = a.contiguous(), b.contiguous()
-        out = torch.empty_like(a)
+        if out is None:
+            out = torch.empty_like(a)
         if out.numel() == 0:
             return out
         if torch.compiler.is_compiling():
