@@ -41,7 +41,8 @@ class RankPool:
 
     Args:
         size: Number of workers.
-        backend: ``"gloo"``, ``"nccl"``, or None to choose by the GPUs present.
+        backend: ``"gloo"`` (workers then see no GPUs), ``"nccl"``, or None to choose by the GPUs
+            present.
         interpret: Whether Triton kernels run in its interpreter in the workers, whatever the
             environment says: on the CPU they are not used otherwise.
     """
@@ -181,6 +182,8 @@ def _work(
     calls = _calls_file(os.getpid()).open("w")
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=calls)
+    if backend == "gloo":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.pop("TRITON_INTERPRET", None)
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
