@@ -32,14 +32,15 @@ class Verdict:
         nonfinite: Names of the parameters known here to have a NaN or an infinity in a gradient.
         is_finite: Whether no rank has one.
         found_inf: Whether a GradScaler found an overflow on some rank.
-        is_complete: Whether every rank that stores an active parameter has a gradient of it.
+        is_simple: Whether every rank that stores an active parameter has a gradient of it, and one
+            process group, the world's, holds all parameters of all ranks.
     """
 
     active: tuple[bool, ...]
     nonfinite: tuple[str, ...]
     is_finite: bool
     found_inf: bool
-    is_complete: bool
+    is_simple: bool
 
 
 def agree_on_gradients(
@@ -111,7 +112,7 @@ def agree_on_gradients(
         tuple(nonfinite),
         not flags[_BAD_VALUE],
         bool(flags[_FOUND_INF]),
-        bool(is_complete),
+        bool(is_complete) and spans_world and not flags[_SEVERAL],
     )
 
 

@@ -320,7 +320,7 @@ class FlashMuon(Optimizer):
                 self._step_matrices(number, indices, verdict.active, gradients, has_run=has_run)
         finally:
             self._early.drop()
-        self._expected = verdict.active if verdict.is_complete else None
+        self._expected = verdict.active if verdict.is_simple else None
         step_auxiliary(self._bound, self.param_groups, self.state, verdict.active, gradients)
         return loss
 
@@ -329,7 +329,7 @@ class FlashMuon(Optimizer):
     ) -> Speculation | None:
         """What replays the step that is expected, if that is possible on the other ranks too."""
         setup, expected = self._setup, self._expected
-        if expected is None or len(setup.members) != 1 or setup.unaveraged:
+        if expected is None or setup.unaveraged:
             return None
         indices = setup.matrices[0]
         step = self._steps.get((0, tuple(expected[i] for i in indices)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
@@ -32,6 +32,7 @@ PLACEMENTS = (Shard(0), Shard(1), Replicate(), Shard(0), Shard(0))
 ALL = (0, 1, 2, 3)
 Step = dict[str, tuple[int, ...]]  # what happens to the gradients, and on which ranks
 START: tuple[Step, ...] = ({}, {}, {})
+LONE, PAIRS = "one rank has a group of its own", "two groups of two ranks"  # no speculation there
 EVENTS: dict[str, tuple[Step, ...]] = {
     "nothing": (*START, {}, {}),
     "not finite": (*START, {"nan": (0,)}, {}, {"nan": (1,)}, {}),
@@ -42,6 +43,8 @@ EVENTS: dict[str, tuple[Step, ...]] = {
     "misplaced": (*START, {"misplaced": (1,)}, {}),
     "overflow": (*START, {"scaled": ALL}, {"scaled": ALL, "overflow": (1,)}, {}),
     "overflow on one rank": (*START, {"scaled": (0,), "overflow": (0,)}, {}),
+    LONE: (*START, {"nan": (0,)}, {}),
+    PAIRS: (*START, {}, {}),
 }
 
 
@@ -85,7 +88,10 @@ def observed(patch: pytest.MonkeyPatch, counts: Counter[str]) -> None:
 
 def train(event: str, nonfinite: str, **options: Any) -> list[list[Tensor]]:
     """This rank's weights and states after every step."""
-    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+    device = rank_device().type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    if event == PAIRS:
+        mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("a", "b"))["b"]
     generator = torch.Generator().manual_seed(0)
 
     def random(index: int) -> DTensor:
@@ -93,7 +99,12 @@ def train(event: str, nonfinite: str, **options: Any) -> list[list[Tensor]]:
         return distribute_tensor(value, mesh, [PLACEMENTS[index]], src_data_rank=None)
 
     params = [nn.Parameter(random(index)) for index in range(len(SHAPES))]
-    groups = [{"params": params[:4]}, {"params": params[4:], "update_rule": "adamw"}]
+    matrices, alone = params[:4], DeviceMesh(device, [1]) if event == LONE else None
+    if alone is not None and dist.get_rank() == 1:
+        ones = torch.ones(12, 8, device=rank_device())
+        matrices.append(nn.Parameter(DTensor.from_local(ones, alone, [Shard(0)])))
+        matrices[-1].grad = DTensor.from_local(ones, alone, [Shard(0)])
+    groups = [{"params": matrices}, {"params": params[4:], "update_rule": "adamw"}]
     optimizer = FlashMuon(groups, lr=0.02, nonfinite=nonfinite, **options)  # type: ignore[arg-type]
     history: list[list[Tensor]] = []
     for step in EVENTS[event]:
@@ -158,16 +169,19 @@ COUNTS = {
     "misplaced": [(4, 3, 0), (4, 3, 1)],
     "overflow": [(5, 3, 1)] * 2,
     "overflow on one rank": [(4, 3, 1), (4, 3, 0)],
+    LONE: [(0, 0, 0)] * 2,
+    PAIRS: [(0, 0, 0)] * 2,
 }
+SIZES = {"nothing": (1, 2, 3, 4), PAIRS: (4,)}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("event", EVENTS)
 def test_steps_are_those_of_eager_optimizers(interpreted: RankPool, event: str) -> None:
-    for size in (2, 3, 4) if event == "nothing" else (2,):
+    for size in SIZES.get(event, (2,)):
         if torch.cuda.is_available() and not has_gpus(size):
             continue
         found = interpreted.run(size, compare, event)
         names = ("observed", "has run", "empty")
         counts = [tuple(each.get(name, 0) for name in names) for each in found]
-        assert counts[:2] == COUNTS[event]
+        assert counts[:2] == COUNTS[event][:size]
