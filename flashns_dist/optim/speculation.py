@@ -13,7 +13,7 @@ from flashns_dist.optim.graph import GraphedStep
 
 
 class Speculation:
-    """One step of the ranks' only process group, replayed while the host waits to learn whether it may be.
+    """A step of the ranks' only process group, replayed while the host learns whether it may be.
 
     A host that read the verdict first would let the device idle while it launches the graph. The
     replay's kernels read the verdict themselves and, where it is no, change neither momenta nor
