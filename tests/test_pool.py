@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -48,3 +49,26 @@ def test_a_rank_that_dies_is_replaced(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 1: died"):
         pool.run(2, die_on_rank_1)
     assert pool.run(3, ranks_of_group)
+
+
+def sleep_and_answer() -> str:
+    time.sleep(2)
+    return "late"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+def test_answers_after_an_interruption_are_the_next_jobs(pool: RankPool) -> None:
+    assert pool.run(2, ranks_of_group)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(2, sleep_and_answer)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert pool.run(2, ranks_of_group) == [[0, 1]] * 2

@@ -80,9 +80,13 @@ class RankPool:
         with tempfile.TemporaryDirectory() as folder:
             job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
             chosen = self._in_group = self._workers[:world_size]
-            for _, connection in chosen:
-                connection.send_bytes(pickle.dumps(job))
-            answers = self._collect(chosen, timeout)
+            try:
+                for _, connection in chosen:
+                    connection.send_bytes(pickle.dumps(job))
+                answers = self._collect(chosen, timeout)
+            except BaseException:  # interrupted: the next job must not get these answers
+                self.close()
+                raise
         failures = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
         if failures:
             self.close()
