@@ -116,14 +116,16 @@ class RankPool:
 
     def _leave(self) -> None:
         """Let the last job's ranks leave its group, all together: NCCL waits for the others."""
+        has_left = False
         try:
             for _, connection in self._in_group:
                 connection.send_bytes(pickle.dumps(None))
             has_left = all(ok for ok, _ in self._collect(self._in_group, 60.0))
         except OSError:  # a worker has died
-            has_left = False
-        if not has_left:
-            self.close()
+            pass
+        finally:
+            if not has_left:
+                self.close()
         self._in_group = []
 
     def _start(self) -> None:
