@@ -82,8 +82,10 @@ class GraphedStep:
             self._signature = step.fused.signature
             self._graph = None  # its memory is free for the next one
             upload = step.fused.postpone_uploads()
-            self._graph = captured(partial(step.run, groups, state, gradients))
-            upload()
+            try:
+                self._graph = captured(partial(step.run, groups, state, gradients))
+            finally:  # or what later steps upload would be postponed too
+                upload()
         step.is_prepared = False
         self._graph()
 

@@ -13,7 +13,7 @@ from flashns_dist.optim.graph import GraphedStep
 
 
 class Speculation:
-    """A step of the ranks' only process group, replayed while the host learns whether it may be.
+    """One step of the ranks' only process group, replayed while the host waits for the verdict.
 
     A host that read the verdict first would let the device idle while it launches the graph. The
     replay's kernels read the verdict themselves and, where it is no, change neither momenta nor
@@ -61,17 +61,20 @@ class Speculation:
         host, event = _start_copy(agreed)
         expected = torch.tensor(self._expected, dtype=agreed.dtype, pin_memory=agreed.is_cuda)
         permission = self._step.step.fused.permission
-        if self._is_possible:
-            there = expected.to(agreed.device, non_blocking=True)
-            permission.copy_(can_step(agreed, there))
-            self._step.replay(*self._arguments)
-        if event is not None:
-            event.synchronize()
-        may = bool(can_step(host, expected))
+        may = False
+        try:
+            if self._is_possible:
+                there = expected.to(agreed.device, non_blocking=True)
+                permission.copy_(can_step(agreed, there))
+                self._step.replay(*self._arguments)
+            if event is not None:
+                event.synchronize()
+            may = bool(can_step(host, expected))
+        finally:  # a capture may fail
+            if self._is_possible and not may:
+                permission.fill_(1)
         self.has_run = may and self._is_possible
-        if not may and self._is_possible:
-            permission.fill_(1)
-        elif not may:
+        if not may and not self._is_possible:
             self._step.step.run_empty()
         return host
 

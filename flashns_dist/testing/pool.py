@@ -80,9 +80,13 @@ class RankPool:
         with tempfile.TemporaryDirectory() as folder:
             job = (body.__module__, body.__qualname__, args, world_size, f"{folder}/rendezvous")
             chosen = self._in_group = self._workers[:world_size]
-            for _, connection in chosen:
-                connection.send_bytes(pickle.dumps(job))
-            answers = self._collect(chosen, timeout)
+            try:
+                for _, connection in chosen:
+                    connection.send_bytes(pickle.dumps(job))
+                answers = self._collect(chosen, timeout)
+            except BaseException:  # interrupted: the next job must not get these answers
+                self.close()
+                raise
         failures = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
         if failures:
             self.close()
@@ -112,14 +116,16 @@ class RankPool:
 
     def _leave(self) -> None:
         """Let the last job's ranks leave its group, all together: NCCL waits for the others."""
+        has_left = False
         try:
             for _, connection in self._in_group:
                 connection.send_bytes(pickle.dumps(None))
             has_left = all(ok for ok, _ in self._collect(self._in_group, 60.0))
         except OSError:  # a worker has died
-            has_left = False
-        if not has_left:
-            self.close()
+            pass
+        finally:
+            if not has_left:
+                self.close()
         self._in_group = []
 
     def _start(self) -> None:

@@ -185,3 +185,54 @@ def test_steps_are_those_of_eager_optimizers(interpreted: RankPool, event: str) 
         names = ("observed", "has run", "empty")
         counts = [tuple(each.get(name, 0) for name in names) for each in found]
         assert counts[:2] == COUNTS[event][:size]
+
+
+def train_through_failure(cuda_graph: bool) -> list[Tensor]:
+    """Weights and states after steps of which the first to be captured fails."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(24, 40, generator=generator).to(rank_device())
+
+    param = nn.Parameter(random())
+    optimizer = FlashMuon([param], lr=0.02, cuda_graph=cuda_graph)
+    history, gradients = [], []
+    for step in range(5):
+        param.grad = random()
+        gradients.append(param.grad)  # what a later step would find if it looked there
+        if step == FAILS and not cuda_graph:
+            continue
+        optimizer.found_inf = optimizer.grad_scale = None
+        if step == FAILS + 1:  # not before the verdict
+            optimizer.found_inf = torch.zeros(1, device=rank_device())
+            optimizer.grad_scale = torch.ones((), device=rank_device())
+        if step != FAILS:
+            optimizer.step()
+        else:
+            param.grad[0] = float("nan")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graph, "captured", out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+        history += [param.detach().clone(), optimizer.state[param]["momentum_buffer"].clone()]
+    return history[-6:]
+
+
+FAILS = 1
+
+
+def out_of_memory(run: Callable[[], None]) -> Callable[[], None]:
+    raise torch.OutOfMemoryError
+
+
+def compare_through_failure() -> None:
+    eager = train_through_failure(False)
+    with pytest.MonkeyPatch.context() as patch:
+        observed(patch, Counter())
+        graphed = train_through_failure(True)
+    assert all(map(torch.equal, eager, graphed))
+
+
+@pytest.mark.gpu
+def test_steps_after_a_capture_that_failed_see_their_own_gradients(interpreted: RankPool) -> None:
+    interpreted.run(1, compare_through_failure)
