@@ -189,7 +189,8 @@ class Setup:
     def _exchanged(self) -> tuple[object, ...]:
         """What must agree of how matrices travel, beside the plan."""
         options = self._options
-        return options.overlap_backward, options.overlap_bytes, options.memory_bytes
+        chosen = options.memory_bytes, options.bucket_bytes, options.replicas
+        return options.overlap_backward, options.overlap_bytes, *chosen
 
     def _kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch."""
