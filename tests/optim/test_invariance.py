@@ -15,7 +15,7 @@ from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.layout import even_flat_layout, flat_layout, leading_blocks
 from flashns_dist.optim import BoundParameter
 from flashns_dist.optim.settings import init_state
-from flashns_dist.plan import CostModel
+from flashns_dist.plan import CostModel, Plan, planner
 from flashns_dist.testing.pool import RankPool, rank_device
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
@@ -337,6 +337,33 @@ def test_flat_shards_follow_every_rule(ranks: RankPool, rule: str) -> None:
 def test_even_flat_layout_covers_everything() -> None:
     layout = even_flat_layout((7, 11), 4)
     assert sum(layout.local_numel(r) for r in range(4)) == 77
+
+
+def compare_at_depth(depth: int, settings: dict[str, object], names: list[str]) -> None:
+    """Scenarios of all kinds with so many buckets under way, where there are as many."""
+    taken = set()
+
+    def of_depth(plans: list[Plan]) -> Plan:
+        chosen = [plan for plan in plans if plan.depth == depth] or plans
+        plan = max(chosen, key=lambda plan: len(plan.buckets))
+        taken.add((plan.depth, len(plan.buckets) > depth))
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "_fastest", of_depth)
+        patch.setattr(planner, "DEFAULT_MEMORY_BYTES", 2**40)
+        patch.setattr(planner, "SMALLEST_BUCKET_BYTES", 512)
+        compare_scenarios(settings, names)
+    assert (depth, True) in taken
+
+
+@pytest.mark.parametrize("rule", ["plain muon", "dion2"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_any_number_of_buckets_under_way_gives_the_weights_of_one_process(
+    ranks: RankPool, depth: int, rule: str
+) -> None:
+    names = [name for name, (_, sizes) in SCENARIOS.items() if 4 in sizes]
+    ranks.run(4, compare_at_depth, depth, RULES.get(rule, {}), names)
 
 
 SLOW_WIRE = CostModel(

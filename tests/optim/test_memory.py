@@ -16,16 +16,8 @@ from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.exchange import Exchange
 from flashns_dist.optim import footprint
 from flashns_dist.optim.rules.muon import Muon
-from flashns_dist.plan import CostModel
 from flashns_dist.testing.pool import RankPool, rank_device
-
-SLOW_WIRE = CostModel(
-    batch_seconds=0.0,
-    bucket_seconds=0.0,
-    step_seconds=0.0,
-    exchange_seconds=1e-9,
-    link_bytes_per_second=1e8,
-)
+from tests.optim.test_invariance import SLOW_WIRE
 
 
 class Held:
