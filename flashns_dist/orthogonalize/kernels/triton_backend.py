@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized, specialized_launch
 from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
@@ -323,10 +324,17 @@ class TritonKernels:
             bt = b.mT if turned else b
             tma = self._descriptors_usable(a, bt, c, out)
             batch, n, k = a.shape
-            configs = symmetric_configs(a.dtype, tma)
+            specialized = tma and fits_specialized(a, bt, c, out, capability=_capability(a))
+            configs = symmetric_configs(a.dtype, tma, specialized)
             accuracy = precision(a.dtype, has_tensor_cores(a))
 
             def launch(config: TileConfig) -> Launch:
+                if config.specialized:
+                    if not specialized:
+                        raise ValueError(f"{config.label()} does not take this product.")
+                    return specialized_launch(
+                        a, bt, c, out, packed, config=config, num_sms=_num_sms(a)
+                    )
                 return symmetric_launch(
                     a, bt, c, out, packed, config=config, tma=tma, input_precision=accuracy,
                     num_sms=_num_sms(a),
@@ -335,7 +343,8 @@ class TritonKernels:
             def default() -> TileConfig:
                 return default_symmetric(configs, batch, n, k, _num_sms(a))
 
-            return self._choose("symmetric", configs, default, launch, a, (n, k), tma)
+            kind = "symmetric_gluon" if specialized else "symmetric"
+            return self._choose(kind, configs, default, launch, a, (n, k), tma)
 
         device = a.get_device()
         key = ("symmetric", turned, c is None, a.shape, facts, device)
@@ -446,6 +455,10 @@ def _check_dtype(operation: str, dtype: torch.dtype) -> None:
 def _packed(x: Tensor) -> bool:
     """Whether every matrix of the batch is contiguous in memory, row by row."""
     return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+
+
+def _capability(t: Tensor) -> int:
+    return device_facts(t.get_device())[1] if t.device.type == "cuda" else 0
 
 
 def _num_sms(t: Tensor) -> int:

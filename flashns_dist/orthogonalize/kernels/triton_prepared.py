@@ -23,7 +23,6 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashns_dist.orthogonalize.kernels.interface import Multiple, Scalar
 
@@ -241,7 +240,7 @@ def prepare(launch: Launch, compiled: Any, device: int) -> PreparedLaunch | None
 
 
 def _is_descriptor(argument: Any) -> bool:
-    return isinstance(argument, TensorDescriptor)
+    return hasattr(argument, "block_shape")  # Triton's class, or Gluon's
 
 
 def _innermost(function: Any, wrapped: bool) -> Callable[..., Any] | None:

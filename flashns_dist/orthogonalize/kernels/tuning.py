@@ -13,6 +13,8 @@ import torch
 
 CACHE_VARIABLE = "FLASHNS_DIST_CACHE"
 TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
+# Raised when kernels change so much that what was measured before should be measured again.
+KERNELS_VERSION = 2
 
 
 def cache_folder() -> Path:
@@ -45,7 +47,8 @@ class TuningCache:
 
     Files are written beside their place and renamed, so that a reader never sees half of one; when
     several processes measure the same problem at once, the last one's choice stays. What cannot be
-    read or written (read-only home, damaged file) counts as absent.
+    read or written (read-only home, damaged file) or was measured with other kernels counts as
+    absent.
 
     Args:
         folder: Where the files lie; ``cache_folder()`` if None, looked up at first use.
@@ -65,7 +68,8 @@ class TuningCache:
         """Keeps a choice, with the measured ``seconds`` by candidate beside it for the reader."""
         self._known[problem] = choice
         path = self._path(problem)
-        content = json.dumps({"problem": problem, "choice": choice, "seconds": seconds})
+        facts = {"problem": problem, "kernels": KERNELS_VERSION}
+        content = json.dumps(facts | {"choice": choice, "seconds": seconds})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -86,6 +90,8 @@ class TuningCache:
         except (OSError, ValueError):
             return None
         if not isinstance(content, dict) or content.get("problem") != problem:
+            return None
+        if content.get("kernels") != KERNELS_VERSION:
             return None
         choice = content.get("choice")
         return choice if isinstance(choice, (int, str)) else None

@@ -1,0 +1,176 @@
+"""The Gluon kernel of symmetric products: which tiles its programs take, and its bits on Hopper."""
+
+import builtins
+from types import FunctionType, SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+
+from flashns_dist.orthogonalize.kernels import gluon_symmetric
+from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized
+from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
+from flashns_dist.orthogonalize.kernels.triton_configs import (
+    SPECIALIZED,
+    SYMMETRIC_HOPPER,
+    SYMMETRIC_TMA,
+    default_symmetric,
+)
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def scheduled(programs, num_blocks, num_matrices):
+    """The tiles of every program: (whether wide, matrix, block row, block column)."""
+    words = SimpleNamespace(
+        float32=torch.float32, int32=torch.int32, sqrt_rn=torch.sqrt, where=torch.where,
+        minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+        maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+        num_programs=lambda axis: torch.tensor(programs),
+    )  # fmt: skip
+    names = {"gl": words, "__builtins__": builtins}
+    for name in ("_wide_in_order", "wide_tile", "_tile"):
+        kernel = getattr(gluon_symmetric, name)
+        names[name] = FunctionType(kernel.fn.__code__, names, name)
+
+    def tile(turn, j):
+        sizes = (torch.tensor(num_blocks), torch.tensor(num_matrices))
+        return [int(v) for v in names["_tile"](torch.tensor(turn), torch.tensor(j), *sizes, 8)]
+
+    turns = tile(0, 0)[0]
+    return [
+        [
+            tile(turn, j)[2:]
+            for turn in range(program, turns, programs)
+            for j in range(tile(turn, 0)[1])
+        ]
+        for program in range(programs)
+    ]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 7, 8, 9, 13, 16, 21])
+@pytest.mark.parametrize(("programs", "num_matrices"), [(132, 1), (132, 3), (10, 2)])
+def test_programs_cover_the_lower_triangle_once_and_evenly(programs, num_matrices, num_blocks):
+    tiles = scheduled(programs, num_blocks, num_matrices)
+    covered = []
+    for wide, batch, row, col in [tile for program in tiles for tile in program]:
+        assert wide or row == col
+        covered += [(batch, row, col + offset) for offset in range(1 + wide)]
+    lower = [
+        (b, i, j) for b in range(num_matrices) for i in range(num_blocks) for j in range(i + 1)
+    ]
+    assert sorted(covered) == lower
+    work = [sum(1 + wide for wide, *_ in program) for program in tiles]
+    assert max(work) <= min(work) + 2
+
+
+def operands(batch, n, k, dtype=torch.float16, **options):
+    return [
+        torch.zeros(batch, *shape, dtype=dtype, **options) for shape in ((n, k), (n, k), (n, n))
+    ]
+
+
+def test_only_what_whole_tiles_cover_and_descriptors_reach_fits():
+    def fits(a, b, c, out=None, capability=9):
+        out = c if out is None else out
+        return fits_specialized(a, b, c, out, capability=capability)
+
+    a, b, c = operands(2, 256, 192)
+    assert fits(a, b, c) == fits(a, b, None, c) == fits(a.mT.contiguous().mT, b, c)
+    # None of these, whatever this Triton offers.
+    assert not fits(a, b, c, capability=10)
+    assert not fits(*operands(2, 192, 192))
+    assert not fits(*operands(2, 256, 160))
+    assert not fits(*operands(2, 256, 64))
+    assert not fits(a, b, c.bfloat16())
+    assert not fits(a, b, c.mT)
+    spread = torch.zeros(2, 300, 192, dtype=torch.float16)[:, :256]
+    assert not fits(spread, b, c)
+    assert fits(spread[:1], b[:1], c[:1]) == fits(a, b, c)
+
+
+def test_it_is_the_default_where_every_sm_gets_a_tile():
+    def chosen(batch, n, k=None):
+        return default_symmetric(SYMMETRIC_HOPPER, batch, n, k or n, 132)
+
+    assert {chosen(4, 2048), chosen(24, 1024), chosen(64, 768, 2048), chosen(1, 4096)} == {
+        SPECIALIZED
+    }
+    for shape in ((2, 1536), (1, 256), (1, 2048)):
+        assert chosen(*shape) == default_symmetric(SYMMETRIC_TMA, *shape, shape[1], 132)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+class TestOnHopper:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("batch", "n", "k"),
+        [(1, 128, 128), (2, 256, 192), (3, 384, 1024), (40, 640, 320), (7, 1152, 448),
+         (5, 2048, 512), (150, 768, 256)],
+    )  # fmt: skip
+    def test_its_bits_are_those_of_the_other_kernels(self, batch, n, k, dtype):
+        generator = torch.Generator("cuda").manual_seed(n)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+        specialized, plain = (
+            TritonKernels(config=SPECIALIZED),
+            TritonKernels(config=SYMMETRIC_TMA[0]),
+        )
+        a, b, c = random(batch, n, k) / k**0.5, random(batch, n, k), random(batch, n, n)
+        scalars = [torch.rand(batch, generator=generator, device="cuda") for _ in range(3)]
+        for addend in (None, c):
+            for alpha, beta, gamma in ((0.7, 0.3, -2.0), scalars):
+                options = {"alpha": alpha, "c": addend, "beta": beta, "gamma": gamma}
+                expected = plain.symmetric(a, b.mT, **options)
+                assert torch.equal(expected, expected.mT)
+                for left in (a, a.mT.contiguous().mT):
+                    for right in (b.mT, b.mT.contiguous()):
+                        for _ in range(3):  # the order in which programs run is not the same
+                            out = torch.full_like(expected, torch.nan)
+                            found = specialized.symmetric(left, right, out=out, **options)
+                            assert torch.equal(found, expected)
+                        settled = TritonKernels(tune=False)
+                        found = settled.symmetric(left, right, **options)
+                        assert torch.equal(found, expected)
+
+    def test_a_nan_stays_in_its_matrix(self):
+        kernels = TritonKernels(config=SPECIALIZED)
+        x = torch.randn(5, 256, 256, device="cuda").half()
+        clean = kernels.gram(x)
+        x[2, 130, 7] = torch.nan
+        found = kernels.gram(x)
+        assert found[2].isnan().any()
+        others = [0, 1, 3, 4]
+        assert torch.equal(found[others], clean[others])
+
+    def test_only_the_lower_triangle_of_the_addend_counts(self):
+        kernels = TritonKernels(config=SPECIALIZED)
+        x = torch.randn(3, 384, 384, device="cuda").half() / 20
+        c = kernels.gram(x)
+        expected = kernels.symmetric(c, c, c=c, beta=0.5)
+        upper = torch.triu(torch.full_like(c, torch.nan), 1)
+        assert torch.equal(kernels.symmetric(c, c, c=torch.tril(c) + upper, beta=0.5), expected)
+
+    def test_what_does_not_fit_is_refused_if_forced_and_otherwise_goes_elsewhere(self):
+        x = torch.randn(2, 200, 256, device="cuda").half()
+        with pytest.raises(ValueError, match="does not take"):
+            TritonKernels(config=SPECIALIZED).gram(x)
+        assert TritonKernels().gram(x).shape == (2, 200, 200)
+
+    def test_it_runs_in_a_cuda_graph_and_launches_are_repeated(self):
+        kernels = TritonKernels(config=SPECIALIZED)
+        x = torch.randn(4, 512, 512, device="cuda").half() / 20
+        expected = kernels.symmetric(x, x.mT, c=x, beta=0.5)
+        for launch in kernels._launches._known.values():
+            assert launch is not None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = kernels.symmetric(x, x.mT, c=x, beta=0.5)
+        for _ in range(3):
+            result.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(result, expected)
