@@ -15,6 +15,8 @@ CACHE_VARIABLE = "FLASHNS_DIST_CACHE"
 TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
 # Raised when kernels change so much that what was measured before should be measured again.
 KERNELS_VERSION = 2
+_QUEUED_CALLS = 4
+_QUEUEING_CYCLES = 3_000_000  # 1.5 to 2 ms
 
 
 def cache_folder() -> Path:
@@ -97,12 +99,15 @@ class TuningCache:
         return choice if isinstance(choice, (int, str)) else None
 
 
-def measure(call: Callable[[], object], *, repeats: int = 7, budget_seconds: float = 0.05) -> float:
+def measure(call: Callable[[], object], *, repeats: int = 5, budget_seconds: float = 0.05) -> float:
     """Median seconds of ``call`` on the current CUDA device, compiled and warmed up first.
+
+    Calls are queued while the device waits, so that what the host takes to launch them, more than
+    many kernels take, does not count: later launches are repeated from what the first prepared.
 
     Args:
         call: Launches the work on the current stream.
-        repeats: Upper bound on the timed calls.
+        repeats: Upper bound on how often four calls are timed.
         budget_seconds: Stops repeating (after three) once this much device time is spent.
     """
     call()
@@ -111,12 +116,14 @@ def measure(call: Callable[[], object], *, repeats: int = 7, budget_seconds: flo
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_QUEUEING_CYCLES)
         start.record()
-        call()
+        for _ in range(_QUEUED_CALLS):
+            call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-        if len(times) >= 3 and sum(times) > budget_seconds:
+        times.append(start.elapsed_time(end) / 1e3 / _QUEUED_CALLS)
+        if len(times) >= 3 and sum(times) * _QUEUED_CALLS > budget_seconds:
             break
     return statistics.median(times)
 
