@@ -26,6 +26,7 @@ from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
     PRODUCT_POINTER,
     PRODUCT_TMA,
+    SYMMETRIC_HOPPER,
     SYMMETRIC_POINTER,
     SYMMETRIC_TMA,
     TileConfig,
@@ -235,7 +236,7 @@ def symmetric(bench: Bench) -> None:
             calls["quack"] = lambda a=a, b=b, c=c: quack.gemm_symmetric(
                 a, b, C=c, alpha=0.3, beta=0.5
             )
-        for config in (*SYMMETRIC_TMA, *MORE_SYMMETRIC):
+        for config in (*SYMMETRIC_HOPPER, *MORE_SYMMETRIC):
             kernels = TritonKernels(config=config)
             name = config.label() + ("" if config.group == 8 else f"g{config.group}")
             calls[name] = lambda kernels=kernels, a=a, b=b, c=c, out=out: kernels.symmetric(
@@ -257,7 +258,7 @@ def gram_part(bench: Bench) -> None:
         }
         if quack is not None:
             calls["quack"] = lambda x=x: quack.gemm_symmetric(x, x.mT)
-        for config in (*SYMMETRIC_TMA, *MORE_SYMMETRIC[:2]):
+        for config in (*SYMMETRIC_HOPPER, *MORE_SYMMETRIC[:2]):
             kernels = TritonKernels(config=config)
             calls[config.label()] = lambda kernels=kernels, x=x, out=out: kernels.gram(x, out=out)
         bench.compare("gram", (batch, n, m), float(batch) * n * n * m, calls)

@@ -220,19 +220,27 @@ def test_column_scale_is_rounded_into_the_first_factor():
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("n", [40, 150])
 @pytest.mark.parametrize("each", [False, True])
-def test_combine_is_rounded_once(each):
+def test_combine_is_rounded_once(each, n):
     kernels = TritonKernels()
-    a = random(3, 40, 40, dtype=torch.float16)
-    b = random(3, 40, 40, seed=1, dtype=torch.float16).mT
+    a, b = (random(3, n, n, seed=seed, dtype=torch.float16) for seed in (0, 1))
+    a, b = a.tril() + a.tril(-1).mT, (b.tril() + b.tril(-1).mT).mT
     scalars = [torch.tensor([s, -s, 2 * s], device=DEVICE) if each else s for s in (0.3, 0.7, 5.0)]
     result = kernels.combine(a, b, alpha=scalars[0], beta=scalars[1], gamma=scalars[2])
     x, y, z = (s.double()[:, None, None] if each else s for s in scalars)
-    exact = x * a.double() + y * b.double() + z * torch.eye(40, device=DEVICE)
+    exact = x * a.double() + y * b.double() + z * torch.eye(n, device=DEVICE)
     assert_as_good(result, exact.half(), exact)
+    assert torch.equal(result, result.mT)
     compiled = torch.compile(kernels.combine, fullgraph=True, backend="aot_eager")
     again = compiled(a, b, alpha=scalars[0], beta=scalars[1], gamma=scalars[2])
     assert torch.equal(again, result)
+    # In place, and of the lower triangle alone.
+    spoilt = a + torch.full_like(a, torch.nan).triu(1).nan_to_num(7.0)
+    kernels.combine(
+        spoilt, b.tril(), alpha=scalars[0], beta=scalars[1], gamma=scalars[2], out=spoilt
+    )
+    assert torch.equal(spoilt, result)
 
 
 def test_the_upper_triangle_of_c_is_not_read():

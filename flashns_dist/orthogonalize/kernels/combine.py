@@ -23,7 +23,7 @@ def combine(
     Args:
         kernels: A backend. If it has a method ``combine`` with the other arguments, that runs;
             otherwise torch operations, which read and write about four times as much.
-        a: ``(batch, n, n)``.
+        a: ``(batch, n, n)``, symmetric.
         b: The same shape and dtype.
         alpha: A scalar.
         beta: The same.
@@ -31,7 +31,7 @@ def combine(
         out: Where to write it: may be ``a``, contiguous. Default: a new tensor.
 
     Returns:
-        ``(batch, n, n)`` in the dtype of ``a``; symmetric if ``a`` and ``b`` are.
+        ``(batch, n, n)`` in the dtype of ``a``, symmetric.
     """
     fused = getattr(kernels, "combine", None)
     if fused is not None:

@@ -236,10 +236,10 @@ class TritonKernels:
         gamma: Scalar = 0.0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``alpha * a + beta * b + gamma * I`` for ``(batch, n, n)``, in one pass.
+        """``alpha * a + beta * b + gamma * I`` for symmetric ``(batch, n, n)``, in one pass.
 
-        In fp32 and rounded once to the dtype of ``a``; ``out`` may be ``a``, and is contiguous. An
-        optional extra of this backend.
+        Of ``a`` and ``b`` the lower triangle is read. In fp32 and rounded once to the dtype of
+        ``a``; ``out`` may be ``a``, and is contiguous. An optional extra of this backend.
         """
         _check_dtype("combine", a.dtype)
         a, b = a.contiguous(), b.contiguous()

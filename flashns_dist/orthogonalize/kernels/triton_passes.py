@@ -186,7 +186,7 @@ def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], ou
     """Writes ``alpha * a + beta * b + gamma * I`` to ``out``; all three are contiguous.
 
     Args:
-        a, b: ``(batch, n, n)``.
+        a, b: ``(batch, n, n)``, symmetric.
         scalars: ``triton_prepared.arguments`` of the three.
         out: ``(batch, n, n)``.
     """
@@ -194,10 +194,10 @@ def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], ou
 
     def launch() -> Launch:
         each = [isinstance(scalar, Tensor) for scalar in scalars]
+        blocks = -(-n // 64)
         return Launch(
-            combine_kernel, (-(-n // 128), -(-n // 32), batch), (a, b, out, *scalars), (n,),
-            {"ALPHA_EACH": each[0], "BETA_EACH": each[1], "GAMMA_EACH": each[2],
-             "BLOCK_N": 32, "BLOCK_M": 128},
+            combine_kernel, (blocks * (blocks + 1) // 2, batch), (a, b, out, *scalars), (n,),
+            {"ALPHA_EACH": each[0], "BETA_EACH": each[1], "GAMMA_EACH": each[2], "BLOCK": 64},
             {"num_warps": 4},
         )  # fmt: skip
 

@@ -4,7 +4,12 @@
 import triton
 import triton.language as tl
 
-from flashns_dist.orthogonalize.kernels.triton_tiles import load_block, scalar, store_block
+from flashns_dist.orthogonalize.kernels.triton_tiles import (
+    load_block,
+    scalar,
+    store_block,
+    triangle_tile,
+)
 
 
 @triton.jit
@@ -124,7 +129,7 @@ def scale_columns_kernel(
 
 @triton.jit
 def combine_kernel(
-    a,  # (batch, n, n) contiguous, as b and out
+    a,  # (batch, n, n) contiguous, as b and out; of both the lower triangle is read
     b,
     out,
     alpha,  # fp32, or pointer to one per matrix
@@ -137,19 +142,31 @@ def combine_kernel(
     ALPHA_EACH: tl.constexpr,
     BETA_EACH: tl.constexpr,
     GAMMA_EACH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """``alpha * a + beta * b + gamma * I``, in fp32 and rounded once."""
-    batch = tl.program_id(2).to(tl.int64)
-    r = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """``alpha * a + beta * b + gamma * I``, symmetric, in fp32 and rounded once.
+
+    One program reads one block of the lower triangle and writes it and its mirror image.
+    """
+    num_blocks = tl.cdiv(n, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    row, col = triangle_tile(tl.program_id(0), num_blocks, 1)
+    r = row * BLOCK + tl.arange(0, BLOCK)
+    s = col * BLOCK + tl.arange(0, BLOCK)
+    base = batch * n * n
+    offsets = base + r[:, None].to(tl.int64) * n + s[None, :]
     mask = (r[:, None] < n) & (s[None, :] < n)
-    offsets = batch * n * n + r[:, None].to(tl.int64) * n + s[None, :]
     first = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
     result = first * scalar(alpha, alpha_factor, batch, ALPHA_EACH)
     result = result + second * scalar(beta, beta_factor, batch, BETA_EACH)
-    diagonal = r[:, None] == s[None, :]
-    result = tl.where(diagonal, result + scalar(gamma, gamma_factor, batch, GAMMA_EACH), result)
-    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
+    if row == col:
+        added = result + scalar(gamma, gamma_factor, batch, GAMMA_EACH)
+        result = tl.where(r[:, None] == s[None, :], added, result)
+        result = result.to(out.dtype.element_ty)
+        result = tl.where(r[:, None] >= s[None, :], result, result.T)
+    else:
+        result = result.to(out.dtype.element_ty)
+        mirrored = base + s[:, None].to(tl.int64) * n + r[None, :]
+        tl.store(out + mirrored, result.T, mask=(s[:, None] < n) & (r[None, :] < n))
+    tl.store(out + offsets, result, mask=mask)
