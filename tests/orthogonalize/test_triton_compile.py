@@ -25,7 +25,8 @@ from flashns_dist.orthogonalize.kernels import gluon_symmetric, small_triton
 from flashns_dist.orthogonalize.kernels import triton_configs as configs
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel, scale_transpose_kernel)
-from flashns_dist.orthogonalize.kernels.triton_product import product_kernel
+from flashns_dist.orthogonalize.kernels.triton_product import (
+    combine_kernel, product_kernel, scale_columns_kernel)
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
 TOOL = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -116,6 +117,14 @@ def smalls(arch):
     one = {"SCALE_EACH": False, "BLOCK": 64, "STEPS": 4, "CHUNKS": 4, "rows": 1}
     yield small(scale_transpose_kernel, arch, one, x="*fp16", sums=fp32, levels="*i32", out="*fp16",
         norms=fp32, scale="fp32")
+    for each in (False, True):
+        pieces = {name: "*fp16" for name in ("a", "b", "out")}
+        for name in ("alpha", "beta", "gamma"):
+            pieces |= {name: fp32 if each else "fp32", name + "_factor": "fp32"}
+        constants = {name + "_EACH": each for name in ("ALPHA", "BETA", "GAMMA")} | {"BLOCK": 64}
+        yield small(combine_kernel, arch, constants, **pieces)
+    yield small(scale_columns_kernel, arch, {"BLOCK_N": 32, "BLOCK_M": 128, "stride_ac": 1},
+        a="*fp16", scale=fp32, out="*fp16")
     shape = {"K": 64, "BLOCK": 64, "PRECISION": "tf32x3"}
     half = {"image": "*bf16", "signs": "*bf16", "a": "*bf16", "size": "fp32"}
     yield small(small_triton.shrink_basis_kernel, arch, shape | {"ROW": BASIS_ROW}, 4, 4, **half)

@@ -160,13 +160,11 @@ def combine_kernel(
     second = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
     result = first * scalar(alpha, alpha_factor, batch, ALPHA_EACH)
     result = result + second * scalar(beta, beta_factor, batch, BETA_EACH)
+    added = result + scalar(gamma, gamma_factor, batch, GAMMA_EACH)
+    result = tl.where(r[:, None] == s[None, :], added, result).to(out.dtype.element_ty)
     if row == col:
-        added = result + scalar(gamma, gamma_factor, batch, GAMMA_EACH)
-        result = tl.where(r[:, None] == s[None, :], added, result)
-        result = result.to(out.dtype.element_ty)
         result = tl.where(r[:, None] >= s[None, :], result, result.T)
     else:
-        result = result.to(out.dtype.element_ty)
         mirrored = base + s[:, None].to(tl.int64) * n + r[None, :]
         tl.store(out + mirrored, result.T, mask=(s[:, None] < n) & (r[None, :] < n))
     tl.store(out + offsets, result, mask=mask)
