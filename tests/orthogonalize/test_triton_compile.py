@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from flashns_dist.orthogonalize.deflation import BASIS_ROW, SHRINK_ROW
-from flashns_dist.orthogonalize.kernels import gluon_symmetric, small_triton
-from flashns_dist.orthogonalize.kernels import triton_configs as configs
+from flashns_dist.orthogonalize.kernels import small_triton, triton_configs as configs
+from flashns_dist.orthogonalize.kernels.gluon_launch import gluon_kernels
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel, scale_transpose_kernel)
 from flashns_dist.orthogonalize.kernels.triton_product import (
@@ -82,7 +82,7 @@ def gluon(each, a_swapped, b_swapped, has_c):
     constants = dict(HAS_C=has_c, ALPHA_EACH=each, BETA_EACH=each, GAMMA_EACH=each,
         A_SWAPPED=a_swapped, B_SWAPPED=b_swapped, BLOCK=size, BLOCK_K=depth, STAGES=config.stages,
         GROUP=config.group)
-    return build(gluon_symmetric.symmetric_kernel, names, constants, config, 90)
+    return build(gluon_kernels().symmetric_kernel, names, constants, config, 90)
 
 def product(config, tma, arch, shifted):
     # With a shift, or with the bfloat16 addend that deflation reads.
@@ -137,8 +137,9 @@ hopper += [product(c, True, 90, True) for c in configs.PRODUCT_TMA]
 hopper += [product(c, True, 90, False) for c in configs.PRODUCT_SHALLOW]
 ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
 ampere += [product(c, False, 80, s) for c in configs.PRODUCT_POINTER for s in (True, False)]
-hopper += [gluon(False, False, False, False), gluon(True, True, False, True),
-           gluon(False, False, True, True)]
+if gluon_kernels() is not None:
+    hopper += [gluon(False, False, False, False), gluon(True, True, False, True),
+               gluon(False, False, True, True)]
 small_kernels = [*smalls(90), *smalls(80)]
 print(json.dumps({"hopper": hopper, "ampere": ampere, "small": small_kernels}))
 """
@@ -169,7 +170,8 @@ def test_hopper_kernels_use_wgmma_and_tma_and_spill_next_to_nothing(built):
         if kernel["config"].endswith("gluon"):
             assert kernel["specialized"], kernel
             assert kernel["matrix_store"], kernel
-    assert sum(kernel["specialized"] for kernel in built["hopper"]) == 3
+    known = triton.__version__.startswith("3.6.")
+    assert sum(kernel["specialized"] for kernel in built["hopper"]) == (3 if known else 0)
 
 
 @pytest.mark.slow
