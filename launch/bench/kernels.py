@@ -3,8 +3,9 @@
     python -m launch.bench.kernels --out kernels.jsonl [--minutes 7] [--parts check,symmetric,...]
 
 Checks every candidate first (against float64, and bitwise against each other), then times them in
-CUDA graphs. Parts stop when the time is up, so the most telling shapes come first. Every line of
-the output is one measurement; a table per part goes to the terminal.
+CUDA graphs, one after the other; with ``--sustained`` in turn, the GPU kept busy all the while.
+Parts stop when the time is up, so the most telling shapes come first. Every line of the output is
+one measurement; a table per part goes to the terminal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import POLAR_EXPRESS
 from flashns_dist.orthogonalize.gram import gram, run_steps
+from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
@@ -31,7 +33,7 @@ from flashns_dist.orthogonalize.kernels.triton_configs import (
     SYMMETRIC_TMA,
     TileConfig,
 )
-from launch.bench.timing import Record, Timing, eager, graphed, host
+from launch.bench.timing import Record, Timing, eager, graphed, host, sustained
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,8 +74,9 @@ WIDE = (
 class Bench:
     """The state of one run: random inputs, the clock, and where results go."""
 
-    def __init__(self, record: Record, minutes: float, smoke: bool) -> None:
+    def __init__(self, record: Record, minutes: float, smoke: bool, busy: bool) -> None:
         self.record = record
+        self.busy = busy
         self.smoke = smoke
         self.deadline = time.monotonic() + 60 * minutes
         self.generator = torch.Generator(device=DEVICE).manual_seed(0)
@@ -96,6 +99,7 @@ class Bench:
     ) -> None:
         """Times each call in a graph and prints executed TFLOP/s beside that of ``bmm``."""
         rates: dict[str, float] = {}
+        together = sustained(calls) if self.busy else {}
         for name, call in calls.items():
             if self.out_of_time():
                 print(f"  {part} {tuple(shape)}: out of time before {name}")
@@ -104,15 +108,14 @@ class Bench:
             if name.startswith("bmm"):  # computes the whole square
                 counted = flops if part == "product" else 2 * flops
             try:
-                timing = graphed(call, target=4e-3, repeats=7)
+                timing = together.get(name) or graphed(call, target=4e-3, repeats=7)
             except Exception as error:
                 print(f"  {name} failed: {type(error).__name__}: {str(error)[:200]}")
                 self.record.write(part, shape=list(shape), candidate=name, error=str(error)[:500])
                 continue
             rates[name] = counted / timing.median / 1e12
-            self.record.write(
-                part, timing, shape=list(shape), candidate=name, tflops=round(rates[name], 1)
-            )
+            facts = {"candidate": name, "tflops": round(rates[name], 1), "sustained": self.busy}
+            self.record.write(part, timing, shape=list(shape), **facts)
         base = rates.get("bmm", float("nan"))
         print(f"{part} {tuple(shape)}  bmm {base:.0f} TFLOP/s; executed TFLOP/s (of bmm):")
         for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
@@ -219,6 +222,13 @@ def check(bench: Bench) -> None:
     print("check: done")
 
 
+def _symmetric_candidates(a: Tensor, b: Tensor, out: Tensor) -> list[TileConfig]:
+    """Every configuration that takes ``a b^T``, and some more."""
+    capability = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 0
+    fits = fits_specialized(a, b, None, out, capability=capability)
+    return [*(SYMMETRIC_HOPPER if fits else SYMMETRIC_TMA), *MORE_SYMMETRIC]
+
+
 def symmetric(bench: Bench) -> None:
     """``alpha a b + beta c`` in Gram space."""
     quack = quack_functions()
@@ -236,7 +246,7 @@ def symmetric(bench: Bench) -> None:
             calls["quack"] = lambda a=a, b=b, c=c: quack.gemm_symmetric(
                 a, b, C=c, alpha=0.3, beta=0.5
             )
-        for config in (*SYMMETRIC_HOPPER, *MORE_SYMMETRIC):
+        for config in _symmetric_candidates(a, b, out):
             kernels = TritonKernels(config=config)
             name = config.label() + ("" if config.group == 8 else f"g{config.group}")
             calls[name] = lambda kernels=kernels, a=a, b=b, c=c, out=out: kernels.symmetric(
@@ -258,7 +268,7 @@ def gram_part(bench: Bench) -> None:
         }
         if quack is not None:
             calls["quack"] = lambda x=x: quack.gemm_symmetric(x, x.mT)
-        for config in (*SYMMETRIC_HOPPER, *MORE_SYMMETRIC[:2]):
+        for config in _symmetric_candidates(x, x, out):
             kernels = TritonKernels(config=config)
             calls[config.label()] = lambda kernels=kernels, x=x, out=out: kernels.gram(x, out=out)
         bench.compare("gram", (batch, n, m), float(batch) * n * n * m, calls)
@@ -421,9 +431,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try the script out")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--sustained", action="store_true", help="keep the GPU busy, see above")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
-    bench = Bench(Record(options.out), options.minutes, options.smoke)
+    bench = Bench(Record(options.out), options.minutes, options.smoke, options.sustained)
     for name in options.parts.split(","):
         begin = time.monotonic()
         try:

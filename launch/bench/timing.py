@@ -106,6 +106,39 @@ def graphed(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 
     return summarize(_timed(graph.replay, count, repeats))
 
 
+def sustained(
+    calls: dict[str, Callable[[], object]], *, seconds: float = 0.04, rounds: int = 3
+) -> dict[str, Timing]:
+    """Times calls with the GPU kept busy, so that its power limits its clock as in training.
+
+    The calls are replayed from CUDA graphs in turn, each for ``seconds`` before its ``seconds`` are
+    taken: one measured cool after the others would seem faster.
+    """
+    if not torch.cuda.is_available():
+        return {name: eager(call, target=0.0, repeats=1) for name, call in calls.items()}
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for name, call in calls.items():
+        count = _calls_per_repeat(call, seconds / 10)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        graphs[name] = graph, count
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (graph, count) in graphs.items():
+            single = _timed(graph.replay, 1, 1)[0]
+            replays = max(1, round(seconds / single))
+
+            def several(graph: torch.cuda.CUDAGraph = graph, replays: int = replays) -> None:
+                for _ in range(replays):
+                    graph.replay()
+
+            several()
+            taken[name] += _timed(several, count * replays, 1)
+    return {name: summarize(values) for name, values in taken.items()}
+
+
 def host(call: Callable[[], object], *, count: int = 200) -> float:
     """Seconds of Python and driver time per call of ``call``, whose GPU work must be tiny."""
     for _ in range(20):
