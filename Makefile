@@ -1,10 +1,12 @@
 # Two commands on a fresh machine with Python and make:
 #   make train    set up .venv and train a small language model on two processes
 #   make test     set up .venv and check everything
-# Variables: PYTHON (for .venv), PROCS (processes of the run), ARGS (for launch/train.py or pytest).
+# Variables: PYTHON (for .venv), PROCS (processes of the run), WORKERS (of pytest), ARGS (for
+# launch/train.py or pytest).
 
 PYTHON ?= python3
 PROCS ?= 2
+WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -21,7 +23,7 @@ train: $(VENV)/train.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCS) launch/train.py $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
