@@ -91,6 +91,9 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits():
     assert not fits(*operands(2, 256, 64))
     assert not fits(a, b, c.bfloat16())
     assert not fits(a, b, c.mT)
+    assert not fits(a, b, None, c.mT)
+    assert not fits(a, b[:1], c)
+    assert not fits(a, b, c, c[:, :128])
     spread = torch.zeros(2, 300, 192, dtype=torch.float16)[:, :256]
     assert not fits(spread, b, c)
     assert fits(spread[:1], b[:1], c[:1]) == fits(a, b, c)

@@ -41,7 +41,7 @@ def build(kernel, types, constants, config, arch):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource if types.get("a", "").endswith(")>") else ASTSource
     source = source(kernel, signature, constants, attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -139,7 +139,7 @@ ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
 ampere += [product(c, False, 80, s) for c in configs.PRODUCT_POINTER for s in (True, False)]
 if gluon_kernels() is not None:
     hopper += [gluon(False, False, False, False), gluon(True, True, False, True),
-               gluon(False, False, True, True)]
+               gluon(False, False, True, True), gluon(True, False, False, True)]
 small_kernels = [*smalls(90), *smalls(80)]
 print(json.dumps({"hopper": hopper, "ampere": ampere, "small": small_kernels}))
 """
@@ -165,13 +165,13 @@ def test_hopper_kernels_use_wgmma_and_tma_and_spill_next_to_nothing(built):
         assert kernel["wgmma"], kernel
         assert kernel["tma_load"], kernel
         assert kernel["tma_store"], kernel
-        assert kernel["stack"] <= 16 * kernel["specialized"], kernel
+        assert kernel["stack"] <= 24 * kernel["specialized"], kernel
         assert kernel["shared"] <= 227 * 1024, kernel
         if kernel["config"].endswith("gluon"):
             assert kernel["specialized"], kernel
             assert kernel["matrix_store"], kernel
     known = triton.__version__.startswith("3.6.")
-    assert sum(kernel["specialized"] for kernel in built["hopper"]) == (3 if known else 0)
+    assert sum(kernel["specialized"] for kernel in built["hopper"]) == (4 if known else 0)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.triton_configs import SPECIALIZED, TileConfig
 from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
+from flashns_dist.orthogonalize.kernels.triton_launch import UNFUSED
 from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
 
@@ -43,13 +44,15 @@ def fits_specialized(
 
     On Hopper, for matrices that whole tiles cover and that lie one after the other.
     """
-    n, k = a.shape[1:]
+    batch, n, k = a.shape
+    if b.shape != a.shape or out.shape != (batch, n, n):
+        return False
     if capability != 9 or n % SPECIALIZED.rows or k % SPECIALIZED.depth or k < 128:
         return False
     tensors = [t for t in (a, b, c, out) if t is not None]
     if any(t.dtype != a.dtype or not _stacked(t) for t in tensors):
         return False
-    if c is not None and described(c):
+    if described(out) or (c is not None and (described(c) or c.shape != out.shape)):
         return False
     return gluon_kernels() is not None
 
@@ -104,7 +107,7 @@ def specialized_launch(
         (*operands, *scalars),
         (n, k, batch),
         constants,
-        {"num_warps": config.warps},
+        {"num_warps": config.warps} | UNFUSED,
     )
 
 

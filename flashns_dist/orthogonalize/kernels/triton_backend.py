@@ -322,7 +322,7 @@ class TritonKernels:
 
         def make() -> Launch:
             bt = b.mT if turned else b
-            tma = self._descriptors_usable(a, bt, c, out)
+            tma = self._descriptors_usable(a, bt, c, out) and described(out) is False
             batch, n, k = a.shape
             specialized = tma and fits_specialized(a, bt, c, out, capability=_capability(a))
             configs = symmetric_configs(a.dtype, tma, specialized)

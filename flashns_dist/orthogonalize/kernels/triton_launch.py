@@ -17,6 +17,10 @@ from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
+# No multiplication fused with an addition but where the kernel says so: compilers would fuse in one
+# configuration what they do not in another, and bits would differ.
+UNFUSED = {"enable_fp_fusion": False}
+
 
 def precision(dtype: torch.dtype, tensor_cores: bool) -> str:
     """Triton's ``input_precision``: fp32 in three tf32 passes where there are tensor cores."""
@@ -101,7 +105,7 @@ def symmetric_launch(
         (*operands, *scalars),
         (n, k, batch, *_strides(tma, a, b, third, out)),
         constants,
-        {"num_warps": config.warps, "num_stages": config.stages},
+        {"num_warps": config.warps, "num_stages": config.stages} | UNFUSED,
     )
 
 

@@ -296,7 +296,7 @@ def argument(scalar: Scalar) -> float | Tensor:
 def arguments(*scalars: Scalar) -> tuple[float | Tensor, ...]:
     """Scalars as products take them: each as a kernel's argument, then each one's multiplier."""
     values = [argument(s.each if isinstance(s, Multiple) else s) for s in scalars]
-    return *values, *[s.factor if isinstance(s, Multiple) else 1.0 for s in scalars]
+    return *values, *[float(s.factor) if isinstance(s, Multiple) else 1.0 for s in scalars]
 
 
 def key_and_values(

@@ -159,7 +159,8 @@ def combine_kernel(
     first = tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(b + offsets, mask=mask, other=0.0).to(tl.float32)
     result = first * scalar(alpha, alpha_factor, batch, ALPHA_EACH)
-    result = result + second * scalar(beta, beta_factor, batch, BETA_EACH)
+    # Explicitly, or the compiler chooses for every element which product it fuses.
+    result = tl.fma(second, scalar(beta, beta_factor, batch, BETA_EACH), result)
     added = result + scalar(gamma, gamma_factor, batch, GAMMA_EACH)
     result = tl.where(r[:, None] == s[None, :], added, result).to(out.dtype.element_ty)
     if row == col:
