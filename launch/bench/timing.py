@@ -112,19 +112,24 @@ def sustained(
     """Times calls with the GPU kept busy, so that its power limits its clock as in training.
 
     The calls are replayed from CUDA graphs in turn, each for ``seconds`` before its ``seconds`` are
-    taken: one measured cool after the others would seem faster.
+    taken: one measured cool after the others would seem faster. One that fails is left out, and the
+    failure printed.
     """
     if not torch.cuda.is_available():
         return {name: eager(call, target=0.0, repeats=1) for name, call in calls.items()}
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, call in calls.items():
-        count = _calls_per_repeat(call, seconds / 10)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                call()
+        try:
+            count = _calls_per_repeat(call, seconds / 10)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(count):
+                    call()
+        except Exception as error:
+            print(f"  {name} failed: {type(error).__name__}: {str(error)[:200]}")
+            continue
         graphs[name] = graph, count
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, (graph, count) in graphs.items():
             single = _timed(graph.replay, 1, 1)[0]

@@ -12,6 +12,7 @@ gluon_symmetric = pytest.importorskip(
     exc_type=ImportError,
 )
 
+from flashns_dist.orthogonalize.kernels import gluon_launch  # noqa: E402
 from flashns_dist.orthogonalize.kernels.gluon_launch import (  # noqa: E402
     fits_specialized,
     gluon_kernels,
@@ -77,14 +78,17 @@ def operands(batch, n, k, dtype=torch.float16, **options):
     ]
 
 
-def test_only_what_whole_tiles_cover_and_descriptors_reach_fits():
+def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
+
     def fits(a, b, c, out=None, capability=9):
         out = c if out is None else out
         return fits_specialized(a, b, c, out, capability=capability)
 
     a, b, c = operands(2, 256, 192)
-    assert fits(a, b, c) == fits(a, b, None, c) == fits(a.mT.contiguous().mT, b, c)
-    # None of these, whatever this Triton offers.
+    assert fits(a, b, c)
+    assert fits(a, b, None, c)
+    assert fits(a.mT.contiguous().mT, b.mT.contiguous().mT, c)
     assert not fits(a, b, c, capability=10)
     assert not fits(*operands(2, 192, 192))
     assert not fits(*operands(2, 256, 160))
@@ -96,7 +100,29 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits():
     assert not fits(a, b, c, c[:, :128])
     spread = torch.zeros(2, 300, 192, dtype=torch.float16)[:, :256]
     assert not fits(spread, b, c)
-    assert fits(spread[:1], b[:1], c[:1]) == fits(a, b, c)
+    assert fits(spread[:1], b[:1], c[:1])
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: None)
+    assert not fits(a, b, c)
+
+
+def test_descriptors_say_where_the_blocks_are(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
+    a, b, out = operands(2, 256, 192)
+    launch = gluon_launch.specialized_launch(
+        a, b.mT.contiguous().mT, None, out, (1.0,) * 6, config=SPECIALIZED, num_sms=132
+    )
+    found = [(d.shape, d.strides, d.block_shape) for d in launch.changing[:4]]
+    square = ([512, 256], [256, 1], [128, 128])
+    assert found == [
+        ([512, 192], [192, 1], [128, 64]),
+        ([384, 256], [256, 1], [64, 128]),
+        square,
+        square,
+    ]
+    flags = [launch.constants[name] for name in ("A_SWAPPED", "B_SWAPPED", "HAS_C")]
+    assert (flags, launch.fixed, launch.grid) == ([False, True, False], (256, 192, 2), (132,))
+    single = gluon_launch._descriptor(a[:1, :, :128], False, 128, 64)  # rows farther apart
+    assert (single.shape, single.strides) == ([256, 128], [192, 1])
 
 
 def test_it_is_the_default_where_every_sm_gets_a_tile():

@@ -37,9 +37,18 @@ def test_problems_whose_file_names_collide_are_told_apart(tmp_path):
 def test_damaged_files_count_as_absent(tmp_path):
     TuningCache(tmp_path).store("a", 1, {})
     (path,) = tmp_path.iterdir()
-    for content in ("", "{", "[1]", '{"choice": 1}', json.dumps({"problem": "a", "choice": [1]})):
+    facts = json.loads(path.read_text())
+    for content in ("", "{", "[1]", '{"choice": 1}', json.dumps(facts | {"choice": [1]})):
         path.write_text(content)
         assert TuningCache(tmp_path).lookup("a") is None
+    path.write_text(json.dumps(facts))
+    assert TuningCache(tmp_path).lookup("a") == 1
+
+
+def test_choices_among_other_kernels_count_as_absent(monkeypatch, tmp_path):
+    TuningCache(tmp_path).store("a", 1, {})
+    monkeypatch.setattr(tuning, "KERNELS_VERSION", tuning.KERNELS_VERSION + 1)
+    assert TuningCache(tmp_path).lookup("a") is None
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):

@@ -10,11 +10,18 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 driver = pytest.importorskip("triton.backends.nvidia.driver")
 
+from flashns_dist.orthogonalize.kernels import gluon_launch  # noqa: E402
 from flashns_dist.orthogonalize.kernels import triton_prepared as prepared  # noqa: E402
-from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig  # noqa: E402
+from flashns_dist.orthogonalize.kernels.triton_configs import SPECIALIZED, TileConfig  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_launch import (  # noqa: E402
     product_launch,
     symmetric_launch,
+)
+
+gluon_symmetric = pytest.importorskip(
+    "flashns_dist.orthogonalize.kernels.gluon_symmetric",
+    reason="a Triton whose Gluon is not known",
+    exc_type=ImportError,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -32,6 +39,7 @@ def active(monkeypatch):
         get_current_stream=lambda device: STREAM + device,
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
 
 
 def _hashable(fact):
@@ -81,17 +89,25 @@ def product(tensors, scalars=(0.5, 2.0, 1.0, 1.0, 0.0), tma=True):
     )
 
 
-@pytest.mark.parametrize("make", [symmetric, product])
-@pytest.mark.parametrize("tma", [False, True])
+def gluon(tensors, scalars, tma):
+    a, b, c, out = tensors
+    assert tma
+    return gluon_launch.specialized_launch(a, b.mT, c, out, scalars, config=SPECIALIZED, num_sms=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "tma"),
+    [(symmetric, False), (symmetric, True), (product, False), (product, True), (gluon, True)],
+)
 @pytest.mark.parametrize("each", [False, True])
 def test_a_repeated_launch_passes_what_triton_would(make, tma, each):
     calls = []
-    num_scalars, count = (3, 4) if make is symmetric else (2, 5)
+    num_scalars, count = (2, 5) if make is product else (3, 4)
 
     def scalars_of(start):
         scalars = [torch.ones(2) if each else start + i for i in range(num_scalars)]
         scalars += [start + 10 + i for i in range(num_scalars)]  # what they are multiplied with
-        return scalars if make is symmetric else [*scalars, start + 20]  # and the shift
+        return [*scalars, start + 20] if make is product else scalars  # and the shift
 
     scalars = scalars_of(0.5)
     first = make(operands(count), tuple(scalars), tma)
