@@ -14,6 +14,8 @@ factor of 1.4, where the Frobenius norm exceeds it by 8.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,34 +27,46 @@ TINY = 1e-12
 """Below this a norm counts as zero. Gram matrices come here with a trace of about ``n``."""
 
 
+@dataclass(frozen=True)
+class SpectralBound:
+    """A bound on the largest eigenvalue of each Gram matrix ``R``.
+
+    Attributes:
+        scale: One over it, ``(batch,)`` in fp32 (fp64 for fp64), finite for a zero matrix too.
+        root: The square root of ``scale``.
+        square: Of ``scale * R``.
+    """
+
+    scale: Tensor
+    root: Tensor
+    square: Square
+
+
 def spectral_bound(
     kernels: Kernels,
     gram: Tensor,  # (8, 1024, 1024)
-) -> tuple[Tensor, Square]:
-    """One over a bound on the largest eigenvalue of each Gram matrix, and its square.
+) -> SpectralBound:
+    """A bound on the largest eigenvalue of each Gram matrix.
 
     Args:
         kernels: The backend.
         gram: ``(batch, n, n)``, symmetric and positive semidefinite up to rounding.
 
-    Returns:
-        The scales, ``(batch,)`` in fp32 (fp64 for fp64), finite for a zero matrix too: the
-        eigenvalues of ``scale * gram`` are at most 1. And the square of ``scale * gram``.
     """
     if small.runs_triton(kernels, gram):
         norm, inverse = small.symmetric_norms(gram)
         square = kernels.symmetric(gram, gram, alpha=inverse)
-        scale, weight = small.bound_scalars(norm, square)
-        return scale, Square(square, weight)
+        scale, weight, root = small.bound_scalars(norm, square)
+        return SpectralBound(scale, root, Square(square, weight))
     norm = _frobenius(gram)
     # Divided by the norm, so that float16 holds the square of any matrix that it holds.
     square = kernels.symmetric(gram, gram, alpha=norm.clamp_min(TINY).reciprocal())
-    scale, weight = bound_scalars(norm, _frobenius(square), gram.shape[-1])
-    return scale, Square(square, weight)
+    scale, weight, root = bound_scalars(norm, _frobenius(square), gram.shape[-1])
+    return SpectralBound(scale, root, Square(square, weight))
 
 
-def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The scale of ``spectral_bound``, and the weight of the square, from two norms.
+def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale of ``spectral_bound``, the weight of its square, and its root, from two norms.
 
     Args:
         norm: ``||R||_F``, ``(batch,)``.
@@ -65,7 +79,7 @@ def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Te
     variance = (fourth / n - 1 / n**2).clamp_min(0)
     relative = (1 / n + ((n - 1) * variance).sqrt()).sqrt()
     scale = 1 / (norm * relative)
-    return scale, scale * scale * norm
+    return scale, scale * scale * norm, scale.sqrt()
 
 
 def _frobenius(matrix: Tensor) -> Tensor:

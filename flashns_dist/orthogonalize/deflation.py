@@ -130,9 +130,9 @@ def shrink_factors(
     # difference, a twentieth of its terms.
     wide = image.to(torch.promote_types(image.dtype, torch.float32))
     inner = kernels.symmetric(wide, signs.to(wide.dtype).mT.expand(len(wide), -1, -1), alpha=size)
-    scale, square = spectral_bound(kernels, inner)
-    factor = step_factor(kernels, inner, BASIS_ROW, scale, square)
-    root = size * scale.sqrt()
+    bound = spectral_bound(kernels, inner)
+    factor = step_factor(kernels, inner, BASIS_ROW, bound.scale, bound.square)
+    root = size * bound.root
     a = kernels.product(
         factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=image.dtype
     )

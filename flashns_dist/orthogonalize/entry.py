@@ -12,6 +12,7 @@ from torch import Tensor
 from flashns_dist.orthogonalize.coefficients import Coefficients, resolve_coefficients
 from flashns_dist.orthogonalize.cost import choose_method
 from flashns_dist.orthogonalize.kernels import BACKENDS, get_kernels
+from flashns_dist.orthogonalize.kernels.recording import repeated
 from flashns_dist.orthogonalize.methods import check_coefficients, find_method
 
 CoefficientsLike: TypeAlias = Coefficients | str | Iterable[Iterable[float]]
@@ -104,11 +105,15 @@ def _orthogonalize(
     # CPU libraries may sum in another order for another batch size, so there each matrix is alone.
     batches = flat.split(1 if x.device.type == "cpu" else _MOST_MATRICES)
     transpose = rows > columns
+
+    def iterate(batch: Tensor) -> Tensor:
+        return algorithm.iteration(
+            kernels, batch, chosen, dtype=iteration_dtype, transpose=transpose
+        )
+
+    settings = (name, chosen, iteration_dtype, transpose)
     with _without_autocast(x.device.type):
-        results = [
-            algorithm.iteration(kernels, batch, chosen, dtype=iteration_dtype, transpose=transpose)
-            for batch in batches
-        ]
+        results = [repeated(kernels, settings, iterate, batch) for batch in batches]
     return torch.cat(results).reshape(x.shape) if len(results) > 1 else results[0].reshape(x.shape)
 
 

@@ -116,6 +116,6 @@ def _first_run(
     """
     n = current.shape[-2]
     matrix = kernels.gram(current, alpha=n / size**2)
-    scale, square = spectral_bound(kernels, matrix)
-    factor, shift = run_ordered(kernels, matrix, rows, Multiple(scale), square)
-    return factor, shift, Multiple(scale.sqrt(), math.sqrt(n) / size)
+    bound = spectral_bound(kernels, matrix)
+    factor, shift = run_ordered(kernels, matrix, rows, Multiple(bound.scale), bound.square)
+    return factor, shift, Multiple(bound.root, math.sqrt(n) / size)

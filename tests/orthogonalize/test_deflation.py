@@ -28,8 +28,8 @@ def test_the_bound_is_above_the_largest_eigenvalue_and_below_the_trace(dtype, as
     for name, x in suites(96, aspect).items():
         gram = (x @ x.T) * (96 / x.square().sum())
         largest = torch.linalg.eigvalsh(gram.to(dtype).double())[-1]
-        scale, square = spectral_bound(KERNELS, gram.to(dtype)[None])
-        bound = 1 / scale
+        found = spectral_bound(KERNELS, gram.to(dtype)[None])
+        bound, square = 1 / found.scale, found.square
         # The variance of equal eigenvalues is a difference of equal terms.
         assert bound.item() >= largest * (1 - max(torch.finfo(dtype).eps, 1e-7)), name
         assert bound.item() <= 96 * (1 + 1e-3), name
@@ -41,21 +41,22 @@ def test_the_bound_is_above_the_largest_eigenvalue_and_below_the_trace(dtype, as
 def test_the_bound_is_tight_where_theory_says_so():
     one = torch.zeros(1, 50, 50, dtype=torch.float64)
     one[0, 0, 0] = 7.0
-    assert 1 / spectral_bound(KERNELS, one)[0].item() == pytest.approx(7.0)
+    assert 1 / spectral_bound(KERNELS, one).scale.item() == pytest.approx(7.0)
     equal = 3 * torch.eye(50, dtype=torch.float64)[None]
-    assert 1 / spectral_bound(KERNELS, equal)[0].item() == pytest.approx(3.0, rel=1e-6)
+    assert 1 / spectral_bound(KERNELS, equal).scale.item() == pytest.approx(3.0, rel=1e-6)
     x = spectra(256, 1)["gaussian"]
     gram = x @ x.T
-    slack = 1 / spectral_bound(KERNELS, gram[None])[0].item() / torch.linalg.eigvalsh(gram)[-1]
+    slack = 1 / spectral_bound(KERNELS, gram[None]).scale.item() / torch.linalg.eigvalsh(gram)[-1]
     assert slack**0.5 < 1.5
     assert (gram.trace() / torch.linalg.eigvalsh(gram)[-1]) ** 0.5 > 7
 
 
 def test_a_zero_matrix_has_a_harmless_bound():
-    scale, square = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
-    assert (scale > 0).all()
-    assert torch.isfinite(scale).all()
-    assert torch.equal(square.matrix, torch.zeros(2, 4, 4))
+    bound = spectral_bound(KERNELS, torch.zeros(2, 4, 4))
+    assert (bound.scale > 0).all()
+    assert torch.isfinite(bound.scale).all()
+    assert torch.equal(bound.root, bound.scale.sqrt())
+    assert torch.equal(bound.square.matrix, torch.zeros(2, 4, 4))
 
 
 def test_shrink_weights_are_those_of_the_polynomial():
@@ -104,7 +105,7 @@ def test_the_bound_is_small_where_random_directions_are_ill_conditioned(dtype):
         result = deflate(KERNELS, (x * (n / x.norm())).to(dtype)[None], float(n))
         gram = KERNELS.gram(result.double(), alpha=1 / n**2)
         # With 0.167 the two steps are as exact as five of Polar Express.
-        assert spectral_bound(KERNELS, gram)[0].item() ** -0.5 < 0.165, name
+        assert spectral_bound(KERNELS, gram).scale.item() ** -0.5 < 0.165, name
 
 
 @pytest.mark.parametrize("tall", [False, True])

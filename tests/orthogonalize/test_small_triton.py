@@ -97,9 +97,11 @@ def test_norms_and_bound_scalars_are_those_of_the_separate_operations(n, dtype):
 def test_the_bound_is_that_of_the_separate_operations(backends, dtype):
     x = torch.stack([spectra(130, 2)[name] for name in NAMES])
     gram = (x @ x.mT * (130 / x.square().sum((1, 2)))[:, None, None]).to(dtype).to(DEVICE)
-    (scale, square), (expected, reference) = (spectral_bound(k, gram) for k in backends)
-    assert torch.allclose(scale, expected, rtol=4 * torch.finfo(dtype).eps)
-    assert torch.allclose(square.weight, reference.weight, rtol=8 * torch.finfo(dtype).eps)
+    bound, reference = (spectral_bound(k, gram) for k in backends)
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(bound.scale, reference.scale, rtol=4 * eps)
+    assert torch.equal(bound.root, bound.scale.double().sqrt().float())
+    assert torch.allclose(bound.square.weight, reference.square.weight, rtol=8 * eps)
 
 
 def test_a_nan_stays_in_its_matrix(backends):

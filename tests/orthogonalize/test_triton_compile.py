@@ -110,7 +110,7 @@ def smalls(arch):
     yield small(small_triton.squares_kernel, arch, {"TILE": 128}, 8, matrix="*fp16", sums=fp32)
     yield small(small_triton.norm_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32, inverse=fp32)
     yield small(small_triton.bound_scalars_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32,
-        scale=fp32, weight=fp32)
+        scale=fp32, weight=fp32, root=fp32)
     yield small(inverse_norms_kernel, arch, {"CHUNKS": 256}, sums=fp32, levels="*i32", out=fp32,
         scale="fp32")
     # Triton makes a constant of a size that is one.

@@ -73,6 +73,8 @@ class FusedPasses:
         self._gradient_dtype: torch.dtype | None = torch.float32
         self._is_aligned = True
         self._later: list[tuple[Tensor, list[Any]]] | None = None
+        self._uploaded: dict[int, list[Any]] = {}
+        self._launches: Any = _launch_table(16 * len(batches)) if self.num_fused else None
 
     # Setup ------------------------------------------------------------------------------------
 
@@ -304,7 +306,8 @@ class FusedPasses:
     ) -> None:
         if table is None:
             return
-        kernel = _kernel(name)
+        from flashns_dist.orthogonalize.kernels.triton_prepared import Launch, key_and_values
+
         arguments: list[Tensor] = [table.pieces]
         if name != "copy_kernel":
             arguments.append(table.kinds)
@@ -314,16 +317,23 @@ class FusedPasses:
         arguments.append(tables.buffers)
         if name != "copy_kernel":
             arguments += [self._factors, self.permission]
-        kernel[(table.num_chunks,)](
-            *arguments,
-            **constants,
-            WIRE=_triton_dtype(self._exchange.dtype),
-            FLAT=table.is_flat,
-            ALIGNED=table.is_aligned and self._is_aligned,
-            BLOCK=BLOCK,
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
+        constants = constants | {
+            "WIRE": _triton_dtype(self._exchange.dtype),
+            "FLAT": table.is_flat,
+            "ALIGNED": table.is_aligned and self._is_aligned,
+            "BLOCK": BLOCK,
+        }
+
+        def launch() -> Launch:
+            options = {"num_warps": 8, "enable_fp_fusion": False}
+            return Launch(
+                _kernel(name), (table.num_chunks,), tuple(arguments), (), constants, options
+            )
+
+        facts, values = key_and_values(arguments, ())
+        device = self._device.index if self._device.type == "cuda" else -1
+        key = (name, table.num_chunks, *constants.values(), facts, device)
+        self._launches.launch(key, device, values, launch)
 
     # CUDA graphs ------------------------------------------------------------------------------
 
@@ -347,6 +357,10 @@ class FusedPasses:
         if self._later is not None:
             self._later.append((target, list(values)))
             return
+        values = list(values)
+        if self._uploaded.get(target.data_ptr()) == values:
+            return
+        self._uploaded[target.data_ptr()] = values
         # From pinned memory the copy waits for nothing, and the host does not wait for it.
         pin = target.device.type == "cuda"
         source = torch.tensor(values, dtype=target.dtype, pin_memory=pin)
@@ -377,6 +391,12 @@ def fusing_possible(device: torch.device) -> bool:
     if interpreting():
         repair()
     return interpreting()
+
+
+def _launch_table(limit: int) -> Any:
+    from flashns_dist.orthogonalize.kernels.triton_prepared import LaunchTable
+
+    return LaunchTable(limit)
 
 
 def _kernel(name: str) -> Any:

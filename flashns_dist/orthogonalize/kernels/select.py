@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
+from flashns_dist.orthogonalize.kernels.recording import active_recorder
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels, exact_sums
 from flashns_dist.orthogonalize.kernels.tuning import (
     TuningCache,
@@ -236,6 +237,9 @@ class SelectedKernels:
             settled, final = self._choose(kind, a, m, call)
             if final:
                 self._settled[key] = settled
+        recorder = active_recorder()
+        if recorder is not None and settled is not self._default:
+            recorder.is_foreign = True  # it launches by itself
         return call(settled)
 
     def _choose(

@@ -69,19 +69,19 @@ def symmetric_norms(
     return norm, inverse
 
 
-def bound_scalars(norm: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+def bound_scalars(norm: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``bound.bound_scalars``, from ``R^2 / ||R||_F`` itself instead of its norm; see there."""
     sums = _sums_of_squares(square)
     batch, tiles = sums.shape
-    scale, weight = torch.empty_like(norm), torch.empty_like(norm)
+    scale, weight, root = (torch.empty_like(norm) for _ in range(3))
     _launch(
         "bound_scalars_kernel",
         (batch,),
-        (norm, sums, scale, weight),
+        (norm, sums, scale, weight, root),
         (square.shape[-1], tiles),
         {"BLOCK": _block(tiles)},
     )
-    return scale, weight
+    return scale, weight, root
 
 
 def _sums_of_squares(matrix: Tensor) -> Tensor:

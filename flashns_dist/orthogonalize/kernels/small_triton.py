@@ -175,6 +175,7 @@ def bound_scalars_kernel(
     sums,  # (batch, tiles) fp32
     scale,  # (batch,) fp32
     weight,  # (batch,) fp32
+    root,  # (batch,) fp32
     n,
     tiles,
     BLOCK: tl.constexpr,
@@ -189,3 +190,4 @@ def bound_scalars_kernel(
     inverse = 1.0 / (f * _relative_bound(ratio * ratio, n * 1.0))
     tl.store(scale + batch, inverse)
     tl.store(weight + batch, inverse * inverse * f)
+    tl.store(root + batch, tl.sqrt_rn(inverse))

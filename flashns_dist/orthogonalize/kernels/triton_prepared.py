@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Multiple, Scalar
+from flashns_dist.orthogonalize.kernels.recording import active_recorder
 
 # Triton 3.6: grid (3), stream, function, cooperative, dependent, two scratch buffers, metadata of
 # kernel and launch, two hooks; then the kernel's arguments, of which a descriptor takes one for the
@@ -103,9 +104,14 @@ class LaunchTable:
             make().run()
             return
         prepared = self._known.get(key)
+        recorder = active_recorder()
         if prepared is not None and not observed():
+            if recorder is not None:
+                recorder.note(prepared, values)
             prepared(values)
             return
+        if recorder is not None:
+            recorder.is_incomplete = True
         launch = make()
         compiled = launch.run()
         if key not in self._known and launch.settled:

@@ -1,0 +1,318 @@
+"""Recorded launches do what the calls that they were made from do; with launches on CPU memory."""
+
+import ctypes
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from flashns_dist.orthogonalize import orthogonalize
+from flashns_dist.orthogonalize.kernels import recording
+from flashns_dist.orthogonalize.kernels.recording import Recordings, active_recorder
+
+SIZE = 24
+
+
+def memory(address, size=SIZE):
+    """The floats at an address."""
+    return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
+
+
+def multiply(values):
+    """Stands for a kernel: ``target = factor * (source + other)``."""
+    source, other, factor, target = values
+    memory(target)[:] = np.float32(factor) * (memory(source) + memory(other))
+
+
+def launch(*arguments, kernel=multiply):
+    """What ``LaunchTable.launch`` does with a launch that it has prepared."""
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.note(kernel, values)
+    kernel(values)
+
+
+class Call:
+    """A function of a tensor that counts its calls."""
+
+    def __init__(self, body):
+        self.body, self.calls = body, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.body(x)
+
+
+def chain(x):
+    """``28 x``, in memory that is freed and handed out again."""
+    first = torch.empty_like(x)
+    launch(x, x, 1.0, first)
+    second = x.new_empty(x.shape)
+    launch(first, first[:], 1.5, second)
+    del first
+    third = torch.empty(x.shape)
+    launch(second, x, 4.0, third)
+    return third
+
+
+def numbers(seed=0):
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def new_recordings(**options):
+    return Recordings(lambda: False, **options)
+
+
+def test_the_third_call_and_later_ones_repeat_the_second():
+    recordings, call = new_recordings(), Call(chain)
+    results = []
+    for seed in range(5):
+        x = numbers(seed)
+        results.append(recordings.call("chain", call, x))
+        assert torch.equal(results[-1], 4.0 * (1.5 * (2 * x + 2 * x) + x)), seed
+    assert (call.calls, len(recordings)) == (2, 1)
+    assert len({result.data_ptr() for result in results}) == 5
+
+
+def test_memory_is_taken_before_its_first_use_and_given_back_after_its_last():
+    recordings = new_recordings()
+    for seed in range(2):
+        recordings.call("chain", chain, numbers(seed))
+    (found,) = recordings._known.values()
+    taken = [{buffer for buffer, _ in step.allocated} for step in found._steps]
+    given = [set(step.released) for step in found._steps]
+    assert [len(t) for t in taken] == [1, 1, 1]
+    assert given == [set(), taken[0], taken[1]]  # and the result is returned
+    assert all(size == 4 * SIZE for step in found._steps for _, size in step.allocated)
+
+
+@pytest.mark.parametrize("foreign", [torch.sqrt, torch.clone, lambda t: t.add_(1.0)])
+def test_other_operations_are_not_recorded(foreign):
+    def body(x):
+        out = torch.empty_like(x)
+        launch(x, x, 1.0, out)
+        foreign(out)
+        return out
+
+    recordings, call = new_recordings(), Call(body)
+    for seed in range(6):
+        x = numbers(seed).abs()
+        expected = body(x)
+        assert torch.equal(recordings.call(0, call, x), expected)
+    assert (call.calls, len(recordings)) == (6, 0)
+
+
+def test_views_are_recorded_and_what_they_are_views_of_is_kept():
+    constant = torch.arange(2.0 * SIZE)
+
+    def body(x):
+        out = torch.empty(2 * SIZE)
+        launch(x, constant.view(2, SIZE)[1], 1.0, out.view(2, SIZE)[0])
+        launch(x, x, 1.0, out[SIZE:])
+        return out
+
+    recordings, call = new_recordings(), Call(body)
+    for seed in range(4):
+        x = numbers(seed)
+        expected = torch.cat([x + torch.arange(SIZE, 2.0 * SIZE), 2 * x])
+        assert torch.equal(recordings.call(0, call, x), expected)
+    assert call.calls == 2
+
+
+def test_memory_from_elsewhere_is_not_recorded():
+    hidden = [numbers(7) for _ in range(6)]
+
+    def body(x):
+        out = torch.empty_like(x)
+        launch(x, hidden[call.calls - 1], 1.0, out)
+        return out
+
+    recordings, call = new_recordings(), Call(body)
+    for _ in range(6):
+        recordings.call(0, call, numbers())
+    assert call.calls == 6
+
+
+def test_a_recording_that_misses_a_launch_is_refused():
+    def body(x):
+        first, out = torch.empty_like(x), torch.empty_like(x)
+        multiply([x.data_ptr(), x.data_ptr(), 1.0, first.data_ptr()])  # that nobody heard of
+        launch(first, x, 1.0, out)
+        return out
+
+    recordings, call = new_recordings(), Call(body)
+    recordings.call(0, call, numbers(0))
+    with pytest.warns(UserWarning, match="other bits"):
+        recordings.call(0, call, numbers(1))
+    for seed in range(3):
+        assert torch.equal(recordings.call(0, call, numbers(seed)), 3 * numbers(seed))
+    assert call.calls == 5
+
+
+@pytest.mark.parametrize(("until", "calls"), [(3, 4), (100, 9)])
+def test_calls_with_launches_that_are_not_prepared_are_tried_again_a_few_times(until, calls):
+    def body(x):
+        out = torch.empty_like(x)
+        if active_recorder() is not None and call.calls <= until:
+            active_recorder().is_incomplete = True
+            multiply([x.data_ptr(), x.data_ptr(), 1.0, out.data_ptr()])
+        else:
+            launch(x, x, 1.0, out)
+        return out
+
+    recordings, call = new_recordings(), Call(body)
+    for seed in range(9):
+        assert torch.equal(recordings.call(0, call, numbers(seed)), 2 * numbers(seed))
+    assert call.calls == calls
+
+
+def test_who_watches_launches_sees_the_calls():
+    watching = True
+    recordings, call = Recordings(lambda: watching), Call(chain)
+    for _ in range(3):
+        recordings.call(0, call, numbers())
+    assert (call.calls, len(recordings)) == (3, 0)
+    watching = False
+    for _ in range(3):
+        recordings.call(0, call, numbers())
+    assert (call.calls, len(recordings)) == (5, 1)
+    watching = True
+    recordings.call(0, call, numbers())
+    assert call.calls == 6
+
+
+def test_inputs_that_lie_otherwise_have_recordings_of_their_own():
+    recordings, call = new_recordings(), Call(chain)
+    block = torch.zeros(4 * SIZE)
+    start = (-block.data_ptr() % 16) // 4
+    inputs = [block[start : start + SIZE], block[start + 1 : start + 1 + SIZE]]
+    inputs += [inputs[0].view(2, SIZE // 2)]
+    for x in inputs * 3:
+        recordings.call(0, call, x)
+    assert (call.calls, len(recordings)) == (6, 3)
+    recordings.call("other settings", call, inputs[0])
+    assert call.calls == 7
+
+
+def test_the_oldest_recording_is_forgotten():
+    recordings, call = new_recordings(limit=2), Call(chain)
+    for key in (1, 1, 2, 2, 3, 3, 1):
+        recordings.call(key, call, numbers())
+    assert (call.calls, len(recordings)) == (7, 1)
+
+
+def test_a_call_that_fails_leaves_no_recorder_behind():
+    recordings = new_recordings()
+
+    def body(x):
+        if active_recorder() is not None:
+            raise RuntimeError("out of memory")
+        return chain(x)
+
+    recordings.call(0, body, numbers())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recordings.call(0, body, numbers())
+    assert active_recorder() is None
+    assert torch.equal(recordings.call(1, chain, numbers()), chain(numbers()))
+
+
+def test_other_threads_are_not_recorded():
+    def body(x):
+        results = []
+        other = threading.Thread(target=lambda: results.append(chain(x)))
+        other.start()
+        other.join()
+        return chain(x)
+
+    recordings = new_recordings()
+    for seed in range(3):
+        recordings.call(0, body, numbers(seed))
+    (found,) = recordings._known.values()
+    assert len(found._steps) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnDevice:
+    @pytest.fixture(autouse=True)
+    def forget(self):
+        recording._recordings.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("method", "shape", "dtype"),
+        [
+            ("fast", (3, 768, 2048), torch.bfloat16),
+            ("fast", (2, 1100, 640), torch.bfloat16),  # tall, edges in tiles
+            ("fast", (4, 1024, 1024), torch.float16),
+            ("fast", (2, 768, 768), torch.float32),
+            ("fast", (1, 2048, 6144), torch.bfloat16),
+            ("unbiased", (5, 320, 1024), torch.bfloat16),
+            ("unbiased", (5, 1024, 320), torch.float32),
+            ("standard", (7, 256, 512), torch.bfloat16),
+            ("gram", (7, 100, 512), torch.bfloat16),
+            ("aol", (3, 300, 512), torch.bfloat16),
+        ],
+    )
+    def test_results_are_those_of_the_first_call(self, method, shape, dtype):
+        inputs = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+            for seed in range(4)
+        ]
+        expected = []
+        for x in inputs:
+            recording._recordings.cache_clear()
+            expected.append(orthogonalize(x, method=method))
+        recording._recordings.cache_clear()
+        kept = [x.clone() for x in inputs]
+        for turn in range(3):
+            for x, copy, y in zip(inputs, kept, expected, strict=True):
+                assert torch.equal(orthogonalize(x, method=method), y), turn
+                assert torch.equal(x, copy)
+        if method in ("fast", "unbiased") and _is_familiar():
+            assert len(recording._recordings()) == 1
+
+    def test_streams_and_graphs_are_followed(self):
+        x = torch.randn(2, 768, 1024, device="cuda").bfloat16()
+        expected = orthogonalize(x)
+        for _ in range(3):
+            assert torch.equal(orthogonalize(x), expected)
+        static = torch.zeros_like(x)
+        graph = torch.cuda.CUDAGraph()
+        orthogonalize(static)
+        with torch.cuda.graph(graph):
+            out = orthogonalize(static)
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(out, expected)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10**8)
+            late = x * 1.0  # not there yet when the host goes on
+            result = orthogonalize(late)
+        side.synchronize()
+        assert torch.equal(result, expected)
+
+    def test_less_memory_is_held_than_without(self):
+        x = torch.randn(4, 1024, 4096, device="cuda").bfloat16()
+
+        def peak():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = orthogonalize(x)
+            found = torch.cuda.max_memory_allocated() - before
+            del result
+            return found
+
+        peaks = [peak() for _ in range(4)]
+        assert peaks[3] <= peaks[0]
+        assert peaks[1] <= peaks[0] + 2 * x.numel() + 2**20  # one more result
+
+
+def _is_familiar():
+    from flashns_dist.orthogonalize.kernels.triton_prepared import unfamiliar
+
+    return unfamiliar() is None
