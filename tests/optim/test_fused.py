@@ -44,7 +44,8 @@ def interpreted() -> Iterator[RankPool]:
 def count_and_fuse_only_sharded() -> Counter[str]:
     """Optimizers of one process (the references) run unfused; launches are counted."""
     launched: Counter[str] = Counter()
-    possible, kernel, step = passes.fusing_possible, passes._kernel, FlashMuon.step
+    possible, launch = passes.fusing_possible, passes.FusedPasses._launch
+    step = FlashMuon.step
     if getattr(step, "is_patched", False):
         passes.launched.clear()  # type: ignore[attr-defined]
         return passes.launched  # type: ignore[attr-defined,no-any-return]
@@ -54,13 +55,15 @@ def count_and_fuse_only_sharded() -> Counter[str]:
         is_reference[0] = self.exchange_options.replica_group is None
         return step(self, closure)  # type: ignore[arg-type]
 
-    def counted(name: str) -> object:
-        launched[name] += 1
-        return kernel(name)
+    def counted(
+        self: passes.FusedPasses, name: str, tables: object, table: object, constants: object
+    ) -> None:
+        launched[name] += table is not None
+        launch(self, name, tables, table, constants)  # type: ignore[arg-type]
 
     patched_step.is_patched = True  # type: ignore[attr-defined]
     FlashMuon.step = patched_step  # type: ignore[method-assign,assignment]
-    passes._kernel = counted
+    passes.FusedPasses._launch = counted  # type: ignore[method-assign,assignment]
     passes.fusing_possible = lambda device: not is_reference[0] and possible(device)
     passes.launched = launched  # type: ignore[attr-defined]
     return launched

@@ -270,7 +270,7 @@ class TestOnDevice:
             for x, copy, y in zip(inputs, kept, expected, strict=True):
                 assert torch.equal(orthogonalize(x, method=method), y), turn
                 assert torch.equal(x, copy)
-        if method in ("fast", "unbiased") and _is_familiar():
+        if method == "fast" and dtype != torch.float32 and _is_familiar():  # no cuBLAS
             assert len(recording._recordings()) == 1
 
     def test_streams_and_graphs_are_followed(self):
