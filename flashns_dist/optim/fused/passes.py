@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from flashns_dist.optim.fused.tables import (
 from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import Muon, decay_and_rate
+
+if TYPE_CHECKING:
+    from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPTURED = ("method", "ns_coefficients", "ns_steps", "ns_dtype", "backend", "eps")
@@ -75,6 +78,7 @@ class FusedPasses:
         self._later: list[tuple[Tensor, list[Any]]] | None = None
         self._uploaded: dict[int, list[Any]] = {}
         self._launches: Any = _launch_table(16 * len(batches)) if self.num_fused else None
+        self._calls: dict[tuple[Any, ...], tuple[list[int], Launch]] = {}
 
     # Setup ------------------------------------------------------------------------------------
 
@@ -306,7 +310,26 @@ class FusedPasses:
     ) -> None:
         if table is None:
             return
-        from flashns_dist.orthogonalize.kernels.triton_prepared import Launch, key_and_values
+        is_aligned = table.is_aligned and self._is_aligned
+        key = (name, table, is_aligned, *constants.values())
+        call = self._calls.get(key)
+        if call is None:
+            constants = constants | {
+                "WIRE": _triton_dtype(self._exchange.dtype),
+                "FLAT": table.is_flat,
+                "ALIGNED": is_aligned,
+                "BLOCK": BLOCK,
+            }
+            call = self._calls[key] = self._call(name, tables, table, constants)
+        addresses, launch = call
+        device = self._device.index if self._device.type == "cuda" else -1
+        self._launches.launch(key, device, addresses, lambda: launch)
+
+    def _call(
+        self, name: str, tables: BucketPasses, table: Table, constants: dict[str, Any]
+    ) -> tuple[list[int], Launch]:
+        """A launch, all of whose arguments are tables, and their addresses, which never change."""
+        from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
         arguments: list[Tensor] = [table.pieces]
         if name != "copy_kernel":
@@ -317,23 +340,11 @@ class FusedPasses:
         arguments.append(tables.buffers)
         if name != "copy_kernel":
             arguments += [self._factors, self.permission]
-        constants = constants | {
-            "WIRE": _triton_dtype(self._exchange.dtype),
-            "FLAT": table.is_flat,
-            "ALIGNED": table.is_aligned and self._is_aligned,
-            "BLOCK": BLOCK,
-        }
-
-        def launch() -> Launch:
-            options = {"num_warps": 8, "enable_fp_fusion": False}
-            return Launch(
-                _kernel(name), (table.num_chunks,), tuple(arguments), (), constants, options
-            )
-
-        facts, values = key_and_values(arguments, ())
-        device = self._device.index if self._device.type == "cuda" else -1
-        key = (name, table.num_chunks, *constants.values(), facts, device)
-        self._launches.launch(key, device, values, launch)
+        options = {"num_warps": 8, "enable_fp_fusion": False}
+        launch = Launch(
+            _kernel(name), (table.num_chunks,), tuple(arguments), (), constants, options
+        )
+        return [argument.data_ptr() for argument in arguments], launch
 
     # CUDA graphs ------------------------------------------------------------------------------
 
