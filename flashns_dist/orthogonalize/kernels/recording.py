@@ -6,9 +6,9 @@ anew takes the host some 40 us per launch, more than the GPU works for on small 
 second call of a kind is recorded: what it allocates, and every launch with its arguments, as places
 in the input or in what was allocated. Later calls allocate and launch, nothing else.
 
-A recording is kept if it consists of launches that ``triton_prepared`` repeats and of nothing else,
-and if it gives the bits of the call that it was made from, in memory that was filled with NaN
-before. Otherwise calls go on as they did.
+A recording is kept if it consists of launches that ``triton_prepared`` repeats and of torch's
+operations on tensors (cuBLAS products, say), and if it gives the bits of the call that it was made
+from, in memory that was filled with NaN before. Otherwise calls go on as they did.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from flashns_dist.orthogonalize.kernels.interface import Kernels
+from flashns_dist.orthogonalize.kernels.torch_ops import exact_sums
 
 Prepared = Callable[[Sequence[Any]], None]
 """A launch that takes addresses (int) and numbers (float)."""
@@ -33,30 +35,107 @@ MAX_RECORDINGS = 1024
 _ATTEMPTS = 4
 _INPUT = 0
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+# Of operations whose outcome is not settled by what they are given, or steers what follows.
+_UNSETTLED = {
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+}
 
 _threads = threading.local()
 
 
+class _Memory:
+    """The buffers of one call: what holds them, and where they begin."""
+
+    def __init__(self, count: int, x: Tensor) -> None:
+        self.tensors: list[Tensor | None] = [None] * count
+        self.addresses = [0] * count
+        self.tensors[_INPUT], self.addresses[_INPUT] = x, x.data_ptr()
+
+    def put(self, buffer: int, tensor: Tensor) -> None:
+        """Let a buffer be a tensor's memory."""
+        self.tensors[buffer] = tensor
+        self.addresses[buffer] = tensor.untyped_storage().data_ptr()
+
+
 @dataclass(frozen=True)
-class _Step:
-    """One launch, with the memory that it is the first or the last to use."""
+class _Place:
+    """A tensor in a buffer, ``offset`` bytes from its beginning."""
+
+    buffer: int
+    offset: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self, memory: _Memory) -> Tensor:
+        """The tensor."""
+        holder = memory.tensors[self.buffer]
+        assert holder is not None
+        storage = holder.untyped_storage()
+        distance = memory.addresses[self.buffer] + self.offset - storage.data_ptr()
+        made = torch.empty(0, dtype=self.dtype, device=holder.device)
+        return made.set_(storage, distance // self.dtype.itemsize, self.shape, self.strides)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch, with the addresses among its values as buffers and offsets in bytes."""
 
     launch: Prepared
     values: list[Any]
-    addresses: tuple[tuple[int, int, int], ...]  # position among the values, buffer, offset
+    addresses: tuple[tuple[int, int, int], ...]  # position, buffer, offset
+
+    @property
+    def buffers(self) -> set[int]:
+        return {buffer for _, buffer, _ in self.addresses}
+
+    def run(self, memory: _Memory) -> None:
+        values = self.values.copy()
+        for position, buffer, offset in self.addresses:
+            values[position] = memory.addresses[buffer] + offset
+        self.launch(values)
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One of torch's operations; tensors among its arguments are places, or constants."""
+
+    function: Any
+    leaves: list[Any]  # of its positional and keyword arguments
+    spec: TreeSpec
+    results: tuple[int | None, ...]  # the buffers that it allocates
+
+    @property
+    def buffers(self) -> set[int]:
+        places = {leaf.buffer for leaf in self.leaves if isinstance(leaf, _Place)}
+        return places | {buffer for buffer in self.results if buffer is not None}
+
+    def run(self, memory: _Memory) -> None:
+        leaves = [a.tensor(memory) if isinstance(a, _Place) else a for a in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with exact_sums():
+            out = self.function(*args, **kwargs)
+        for buffer, tensor in zip(self.results, _tensors(out), strict=True):
+            if buffer is not None:
+                memory.put(buffer, tensor)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A launch or an operation, with the memory that it is the first or the last to use."""
+
+    action: _Launch | _Operation
     allocated: tuple[tuple[int, int], ...]  # buffer, bytes
     released: tuple[int, ...]
 
 
 class Recording:
-    """Repeats the launches of a call on another input; see ``Recorder.finish``."""
+    """Repeats a call on another input; see ``Recorder.finish``."""
 
     def __init__(
-        self,
-        steps: Sequence[_Step],
-        buffers: int,
-        result: tuple[int, torch.Size, tuple[int, ...], torch.dtype],
-        constants: Sequence[Tensor],
+        self, steps: Sequence[_Step], buffers: int, result: _Place, constants: Sequence[Tensor]
     ) -> None:
         self._steps = steps
         self._buffers = buffers
@@ -70,33 +149,31 @@ class Recording:
             x: Shaped, strided and aligned as the input of the recorded call.
             spoil: Whether to fill all memory with NaN first.
         """
-        device = x.device
-        number, shape, strides, dtype = self._result
-        memory: list[Tensor | None] = [None] * self._buffers
-        addresses = [0] * self._buffers
-        addresses[_INPUT] = x.data_ptr()
+        memory = _Memory(self._buffers, x)
+        device, result = x.device, self._result
         for step in self._steps:
             for buffer, size in step.allocated:
-                if buffer == number:
-                    block = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                if buffer == result.buffer:
+                    block = torch.empty_strided(
+                        result.shape, result.strides, dtype=result.dtype, device=device
+                    )
                 else:
                     block = torch.empty(size, dtype=torch.uint8, device=device)
                 if spoil:
-                    block.fill_(torch.nan if buffer == number else 255)
-                memory[buffer], addresses[buffer] = block, block.data_ptr()
-            values = step.values.copy()
-            for position, buffer, offset in step.addresses:
-                values[position] = addresses[buffer] + offset
-            step.launch(values)
+                    block.fill_(torch.nan if block.dtype.is_floating_point else 255)
+                memory.tensors[buffer], memory.addresses[buffer] = block, block.data_ptr()
+            step.action.run(memory)
             for buffer in step.released:
-                memory[buffer] = None
-        result = memory[number]
-        assert result is not None
-        return result
+                memory.tensors[buffer] = None
+        found = memory.tensors[result.buffer]
+        assert found is not None
+        # A view of what an operation returned, perhaps.
+        is_whole = found.shape == result.shape and found.stride() == result.strides
+        return found if is_whole and found.dtype == result.dtype else result.tensor(memory)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what a call allocates and launches.
+    """Notes what a call allocates, launches and does by torch's operations.
 
     Args:
         x: The call's input.
@@ -110,12 +187,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.is_foreign = False
         self.is_incomplete = False
-        storage = x.untyped_storage()
-        self._input = x.data_ptr()
-        # First and last address of each: the input, then what was allocated, in order.
-        self._ranges = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes())]
-        self._launches: list[tuple[Prepared, list[Any]]] = []
-        self._constants: dict[int, Tensor] = {}
+        self._input = x
+        # First and last address of each buffer: the input, then what was allocated, in order.
+        self._ranges = [_range(x)]
+        self._actions: list[_Launch | _Operation] = []
+        self._constants: list[Tensor] = []
 
     def __enter__(self) -> Recorder:
         _threads.recorder = self
@@ -130,30 +206,40 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        results = _tensors(out)
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for t in given:
+            if self._find(t.data_ptr()) is None and not _shares(t, self._constants):
+                self._constants.append(t)
         if func._schema.name in _ALLOCATIONS:
-            storage = out.untyped_storage()
-            self._ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-            return out
-        sources = {t.untyped_storage().data_ptr(): t for t in args if isinstance(t, Tensor)}
-        results = out if isinstance(out, list | tuple) else (out,)
-        is_view = not func._schema.is_mutable and all(
-            isinstance(t, Tensor) and t.untyped_storage().data_ptr() in sources for t in results
-        )
-        self.is_foreign |= not is_view
-        for t in sources.values():
-            if self._find(t.data_ptr()) is None:
-                self._constants[t.untyped_storage().data_ptr()] = t
+            self._ranges.append(_range(out))
+        elif func._schema.is_mutable or not all(_shares(result, given) for result in results):
+            places = [self._place(a) if isinstance(a, Tensor) else a for a in leaves]
+            first = len(self._ranges)
+            new = [result for result in results if not _shares(result, given)]
+            self._ranges += map(_range, new)
+            numbers = iter(range(first, len(self._ranges)))
+            made = tuple(None if _shares(r, given) else next(numbers) for r in results)
+            self._actions.append(_Operation(func, places, spec, made))
+        unexpected = any(t.device != self._input.device for t in (*given, *results))
+        self.is_foreign |= unexpected or not results or bool(_UNSETTLED & set(func.tags))
         return out
 
     def note(self, launch: Prepared, values: Sequence[Any]) -> None:
         """A launch. Integers among its values are addresses."""
-        noted: list[Any] = []
-        for value in values:
-            place = self._find(value) if isinstance(value, int) else None
-            if place is None and isinstance(value, int):
-                self.is_foreign |= not self._is_constant(value)
-            noted.append(value if place is None else place)
-        self._launches.append((launch, noted))
+        fixed: list[Any] = list(values)
+        addresses = []
+        for position, value in enumerate(values):
+            if not isinstance(value, int):
+                continue
+            place = self._find(value)
+            if place is not None:
+                addresses.append((position, *place))
+                fixed[position] = None
+            elif not any(begin <= value < end for begin, end in map(_range, self._constants)):
+                self.is_foreign = True
+        self._actions.append(_Launch(launch, fixed, tuple(addresses)))
 
     def _find(self, address: int) -> tuple[int, int] | None:
         """The buffer that holds an address, and the offset in it.
@@ -163,44 +249,54 @@ class Recorder(TorchDispatchMode):
         for buffer in range(len(self._ranges) - 1, -1, -1):
             begin, end = self._ranges[buffer]
             if begin <= address < end:
-                return buffer, address - (self._input if buffer == _INPUT else begin)
+                return buffer, address - (self._input.data_ptr() if buffer == _INPUT else begin)
         return None
 
-    def _is_constant(self, address: int) -> bool:
-        storages = [t.untyped_storage() for t in self._constants.values()]
-        return any(s.data_ptr() <= address < s.data_ptr() + s.nbytes() for s in storages)
+    def _place(self, t: Tensor) -> _Place | Tensor:
+        """Where a tensor is, or itself if that is elsewhere."""
+        found = self._find(t.data_ptr())
+        return t if found is None else _Place(*found, t.shape, t.stride(), t.dtype)
 
     def finish(self, result: Tensor) -> Recording | None:
         """The recording of a call that returned ``result``, or None if it cannot be repeated."""
-        place = self._find(result.data_ptr())
-        if self.is_foreign or self.is_incomplete or place is None or place[0] == _INPUT:
+        place = self._place(result)
+        if self.is_foreign or self.is_incomplete or isinstance(place, Tensor):
             return None
-        number, offset = place
         first: dict[int, int] = {}
         last: dict[int, int] = {}
-        for index, (_, values) in enumerate(self._launches):
-            for value in values:
-                if isinstance(value, tuple):
-                    first.setdefault(value[0], index)
-                    last[value[0]] = index
-        if offset != 0 or number not in first:
+        for index, action in enumerate(self._actions):
+            for buffer in action.buffers:
+                first.setdefault(buffer, index)
+                last[buffer] = index
+        if place.buffer == _INPUT or place.offset != 0 or place.buffer not in first:
             return None
-        last.pop(number)
+        last.pop(place.buffer)
+        made = {b for a in self._actions if isinstance(a, _Operation) for b in a.results}
         steps = []
-        for index, (launch, values) in enumerate(self._launches):
-            found = [(at, *value) for at, value in enumerate(values) if isinstance(value, tuple)]
-            buffers = sorted({buffer for _, buffer, _ in found} - {_INPUT})
-            sizes = [(b, self._ranges[b][1] - self._ranges[b][0]) for b in buffers]
-            step = _Step(
-                launch,
-                [None if isinstance(value, tuple) else value for value in values],
-                tuple(found),
-                tuple((buffer, size) for buffer, size in sizes if first[buffer] == index),
-                tuple(buffer for buffer in buffers if last.get(buffer) == index),
-            )
-            steps.append(step)
-        facts = (number, result.shape, result.stride(), result.dtype)
-        return Recording(steps, len(self._ranges), facts, list(self._constants.values()))
+        for index, action in enumerate(self._actions):
+            buffers = sorted(action.buffers - {_INPUT})
+            new = [b for b in buffers if first[b] == index and b not in made]
+            sizes = tuple((b, self._ranges[b][1] - self._ranges[b][0]) for b in new)
+            steps.append(_Step(action, sizes, tuple(b for b in buffers if last.get(b) == index)))
+        return Recording(steps, len(self._ranges), place, self._constants)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    """What an operation returned; empty if that is not only tensors."""
+    results = tree_leaves(out)
+    return results if all(isinstance(result, Tensor) for result in results) else []
+
+
+def _range(t: Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's storage."""
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _shares(t: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether a tensor lies in the storage of one of others."""
+    address = t.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == address for other in others)
 
 
 def active_recorder() -> Recorder | None:

@@ -238,8 +238,8 @@ class SelectedKernels:
             if final:
                 self._settled[key] = settled
         recorder = active_recorder()
-        if recorder is not None and settled is not self._default:
-            recorder.is_foreign = True  # it launches by itself
+        if recorder is not None and settled.name not in ("triton", "torch"):
+            recorder.is_foreign = True  # nobody hears of its launches
         return call(settled)
 
     def _choose(
