@@ -53,7 +53,7 @@ class CostModel:
     before_bytes: float = 14.0
     after_bytes: float = 10.0
     copy_bytes: float = 8.0
-    batch_seconds: float = 1.2e-3
+    batch_seconds: float = 400e-6
     bucket_seconds: float = 300e-6
     step_seconds: float = 300e-6
     measured: tuple[tuple[int, int, int, float], ...] = ()

@@ -106,6 +106,53 @@ def test_settings_are_those_of_the_present_groups(interpreted: RankPool) -> None
     interpreted.run(1, step_with_other_groups)
 
 
+class Broken:
+    """A table that is not written to."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._target, name)
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> None:
+        raise RuntimeError("interrupted")
+
+
+def step_again_after_a_failed_upload() -> None:
+    upload = passes.FusedPasses._upload
+    failing = [False]
+
+    def fail_once(self: passes.FusedPasses, target: torch.Tensor, values: list[int]) -> None:
+        broken, failing[0] = failing[0], False
+        upload(self, Broken(target) if broken else target, values)  # type: ignore[arg-type]
+
+    passes.FusedPasses._upload = fail_once  # type: ignore[method-assign,assignment]
+    launched = count_and_fuse_only_sharded()
+    start = full((20, 36), 0)
+    found = []
+    for replica_group in ("world", None):  # fused, and not
+        param = torch.nn.Parameter(start.clone())
+        exchange = ExchangeOptions(replica_group=replica_group)
+        optimizer = FlashMuon([param], lr=0.05, exchange=exchange)
+        for step in range(4):
+            param.grad = full((20, 36), 1, step).clone()
+            kept = param.grad  # so that the next one lies elsewhere
+            if step == 2 and replica_group:
+                failing[0] = True
+                with pytest.raises(RuntimeError, match="interrupted"):
+                    optimizer.step()
+            optimizer.step()
+            del kept
+        found.append(param)
+    assert launched["update_kernel"] == 4
+    assert torch.equal(*found)
+
+
+def test_addresses_that_did_not_arrive_are_sent_again(interpreted: RankPool) -> None:
+    interpreted.run(1, step_again_after_a_failed_upload)
+
+
 def step_with_other_memory(kind: str) -> None:
     """What the kernels would read wrongly, or at the address 0, after a first step."""
     launched = count_and_fuse_only_sharded()

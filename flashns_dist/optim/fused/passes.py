@@ -368,14 +368,16 @@ class FusedPasses:
         if self._later is not None:
             self._later.append((target, list(values)))
             return
-        values = list(values)
-        if self._uploaded.get(target.data_ptr()) == values:
+        values, place = list(values), target.data_ptr()
+        if self._uploaded.get(place) == values:
             return
-        self._uploaded[target.data_ptr()] = values
+        self._uploaded.pop(place, None)
         # From pinned memory the copy waits for nothing, and the host does not wait for it.
         pin = target.device.type == "cuda"
         source = torch.tensor(values, dtype=target.dtype, pin_memory=pin)
         target.copy_(source, non_blocking=True)
+        if not (pin and torch.cuda.is_current_stream_capturing()):  # or it is not done yet
+            self._uploaded[place] = values
 
 
 def has_fused_rule(group: Mapping[str, Any]) -> bool:
