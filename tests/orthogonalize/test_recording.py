@@ -179,7 +179,7 @@ def test_a_recording_that_misses_a_launch_is_refused():
 
     recordings, call = new_recordings(), Call(body)
     recordings.call(0, call, numbers(0))
-    with pytest.warns(UserWarning, match="other bits"):
+    with pytest.warns(UserWarning, match="another result"):
         result = recordings.call(0, call, numbers(1))
     assert torch.equal(result, 3 * numbers(1))
     for seed in range(3):

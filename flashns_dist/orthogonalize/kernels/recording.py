@@ -7,8 +7,9 @@ second call of a kind is recorded: what it allocates, and every launch with its 
 in the input or in what was allocated. Later calls allocate and launch, nothing else.
 
 A recording is kept if it consists of launches that ``triton_prepared`` repeats and of torch's
-operations on tensors (cuBLAS products, say), and if it gives the bits of the call that it was made
-from, in memory that was filled with NaN before. Otherwise calls go on as they did.
+operations on tensors (cuBLAS products, say), and if it gives the result of the call that it was
+made from (sums of rows and columns, to the bit), in memory that was filled with NaN before.
+Otherwise calls go on as they did.
 """
 
 from __future__ import annotations
@@ -224,7 +225,8 @@ class Recorder(TorchDispatchMode):
             numbers = iter(range(first, len(self._ranges)))
             made = tuple(None if _shares(r, given) else next(numbers) for r in results)
             self._actions.append(_Operation(func, places, spec, made))
-        unexpected = any(t.device != self._input.device for t in (*given, *results))
+        # A number may be a tensor on the host.
+        unexpected = any(t.device != self._input.device and t.ndim for t in (*given, *results))
         self.is_foreign |= unexpected or not results or bool(_UNSETTLED & set(func.tags))
         return out
 
@@ -375,8 +377,8 @@ class Recordings:
             self._keep(key, recording)
             return repeated
         warnings.warn(
-            "flashns_dist: a recorded sequence of launches gave other bits than the call that it "
-            "was made from. It is not used; please report this.",
+            "flashns_dist: a recorded sequence of launches gave another result than the call that "
+            "it was made from. It is not used; please report this.",
             stacklevel=2,
         )
         self._keep(key, None)
@@ -392,9 +394,10 @@ class Recordings:
 
 
 def _sums(t: Tensor) -> list[Tensor]:
-    """Sums of the bits along rows and columns, as integers: exact, and others for other bits."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return [t.view(bits).sum(dim, dtype=torch.int64) for dim in (-1, -2)[: t.ndim]]
+    """Sums of a tensor's rows and columns, as bits: what is the same has the same."""
+    dtype = torch.promote_types(t.dtype, torch.float32)  # converted as it is read
+    sums = [t.sum(dim, dtype=dtype) for dim in (-1, -2)[: t.ndim]]
+    return [each.view(torch.int64 if dtype == torch.float64 else torch.int32) for each in sums]
 
 
 def repeated(
