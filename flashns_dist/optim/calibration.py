@@ -29,6 +29,7 @@ from flashns_dist.exchange.probe import all_to_all_seconds, first_value, gather_
 from flashns_dist.optim.flash_muon import FlashMuon
 from flashns_dist.optim.machine import calibration_path
 from flashns_dist.optim.options import ExchangeOptions
+from flashns_dist.optim.step import MatrixStep
 from flashns_dist.orthogonalize import orthogonalize
 from flashns_dist.plan import CostModel
 
@@ -147,13 +148,10 @@ def _synchronize(device: torch.device) -> None:
 
 def _host_seconds(x: Tensor, count: int = 20) -> float:
     """Seconds to launch one orthogonalization of a batch that the device does faster."""
-
-    def several() -> None:
-        for _ in range(count):
-            orthogonalize(x)
-
-    several()
-    return min(_wall(several, x.device) for _ in range(3)) / count
+    call = partial(orthogonalize, x)
+    for _ in range(count):
+        call()
+    return _seconds_in_a_row(call, x.device, count)
 
 
 def _step_seconds(device: torch.device, group: dist.ProcessGroup | None, buckets: int) -> float:
@@ -171,33 +169,54 @@ def _step_seconds(device: torch.device, group: dist.ProcessGroup | None, buckets
         parameter.grad = gradient
         parameters.append(parameter)
     shape_bytes = rows * size * 64 * 2
-    return _time_steps(parameters, device, shape_bytes * (8 // buckets) if buckets > 1 else 2**30)
+    bucket_bytes = shape_bytes * (8 // buckets) if buckets > 1 else 2**30
+    return _typical(_warm_optimizer(parameters, bucket_bytes).step, device)
 
 
-def _time_steps(parameters: list[Any], device: torch.device, bucket_bytes: int) -> float:
+def _warm_optimizer(parameters: list[Any], bucket_bytes: int) -> FlashMuon:
     options = ExchangeOptions(
         bucket_bytes=bucket_bytes, replica_group=None, cost=CostModel(exchange_seconds=1.0)
     )
     optimizer = FlashMuon(parameters, exchange=options)
     for _ in range(3):
         optimizer.step()
-    times = [_wall(optimizer.step, device) for _ in range(10)]
+    return optimizer
+
+
+def _typical(call: Callable[[], object], device: torch.device) -> float:
+    times = [_wall(call, device) for _ in range(10)]
     return min(times) if device.type == "cpu" else statistics.median(times)  # others disturb a CPU
 
 
 def _memory_rate(device: torch.device, base: CostModel, step_seconds: float) -> float:
-    """Bytes per second of the elementwise passes: of a step without exchange, the rest."""
+    """Bytes per second of the elementwise passes of a step without exchange.
+
+    Of the fused kernels by themselves; otherwise what the orthogonalization leaves of a step.
+    """
     count, n, m = (128, 256, 8192) if device.type == "cuda" else (4, 16, 4096)
     parameters = []
     for _ in range(count):
         parameter = nn.Parameter(torch.randn(n, m, device=device))
         parameter.grad = torch.randn(n, m, device=device)
         parameters.append(parameter)
-    total = _time_steps(parameters, device, 2**30)
+    optimizer = _warm_optimizer(parameters, 2**30)
+    (step,) = optimizer._steps.values()
+    moved = count * n * m * (base.before_bytes + base.after_bytes)
+    if isinstance(step, MatrixStep) and step.fused.num_fused:
+        return moved / step.passes_seconds(partial(_seconds_in_a_row, device=device))
+    total = _typical(optimizer.step, device)
     x = torch.randn(count, n, m, device=device).to(torch.bfloat16)
     orthogonalized = _device_seconds(partial(orthogonalize, x), device)
     passes = max(total - step_seconds - orthogonalized, total / 10)
-    return count * n * m * (base.before_bytes + base.after_bytes) / passes
+    return moved / passes
+
+
+def _seconds_in_a_row(call: Callable[[], object], device: torch.device, count: int = 10) -> float:
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return min(_wall(several, device) for _ in range(3)) / count
 
 
 def main(arguments: list[str] | None = None) -> None:

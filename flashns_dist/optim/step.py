@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,6 +236,19 @@ class MatrixStep:
         )
         for group_index in present:
             _rule(groups[group_index]).end(run, group_index)
+
+    def passes_seconds(self, seconds_of: Callable[[Callable[[], None]], float]) -> float:
+        """Seconds of the first bucket's passes before and after the owner, after a fused run.
+
+        Momenta and weights change as often as the passes are called.
+
+        Args:
+            seconds_of: Measures what it is given.
+        """
+        batches = _UnderWay(self.exchange, 0).batches
+        self.fused.pack(0, batches)  # and the results are there
+        before, after = partial(self.fused.momentum, 0, batches), partial(self.fused.update, 0)
+        return seconds_of(before) + seconds_of(after)
 
     def run_empty(self) -> None:
         """Make the collectives of a run of the fused kernels, and change nothing."""

@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.optim import calibration
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.plan import CostModel
 from flashns_dist.testing.gpus import has_gpus
 from flashns_dist.testing.pool import RankPool, rank_device
 from tests.optim.test_invariance import (
@@ -151,6 +153,20 @@ def step_again_after_a_failed_upload() -> None:
 
 def test_addresses_that_did_not_arrive_are_sent_again(interpreted: RankPool) -> None:
     interpreted.run(1, step_again_after_a_failed_upload)
+
+
+def measured_passes() -> None:
+    launched = count_and_fuse_only_sharded()
+    passes.fusing_possible = lambda device: True
+    assert calibration._memory_rate(rank_device(), CostModel(), 0.0) > 0
+    # Three steps, then each pass three times ten times.
+    assert (launched["momentum_kernel"], launched["update_kernel"]) == (33, 33)
+
+
+def test_calibration_measures_the_fused_passes_themselves() -> None:
+    pool = RankPool(1, interpret=not torch.cuda.is_available())  # its own: it changes what fuses
+    pool.run(1, measured_passes)
+    pool.close()
 
 
 def step_with_other_memory(kind: str) -> None:
