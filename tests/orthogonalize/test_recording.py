@@ -117,6 +117,19 @@ def test_operations_of_torch_are_repeated():
     assert (call.calls, len(recordings)) == (2, 1)
 
 
+@pytest.mark.parametrize("method", ["standard", "gram", "unbiased", "fast", "aol"])
+@pytest.mark.parametrize("shape", [(3, 96, 160), (1, 300, 300), (2, 160, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_method_can_be_repeated(method, shape, dtype):
+    recordings = new_recordings()
+    call = Call(lambda x: orthogonalize(x, method=method, backend="torch"))
+    for seed in range(4):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        expected = orthogonalize(x, method=method, backend="torch")
+        assert torch.equal(recordings.call(0, call, x), expected), seed
+    assert call.calls == 2
+
+
 @pytest.mark.parametrize(
     "unsettled",
     [
