@@ -55,7 +55,7 @@ class CostModel:
     copy_bytes: float = 8.0
     batch_seconds: float = 400e-6
     bucket_seconds: float = 300e-6
-    step_seconds: float = 300e-6
+    step_seconds: float = 1200e-6
     measured: tuple[tuple[int, int, int, float], ...] = ()
 
     def orthogonalize_seconds(self, rows: int, cols: int) -> float:
