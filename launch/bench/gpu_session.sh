@@ -32,7 +32,7 @@ results() { tee "$OUT/$1.log" | grep -E 'FAILED|ERROR|^E  |passed|failed' | tail
 if has tests; then
   timeout "${TESTS_S:-240}" $PYTEST tests/orthogonalize tests/optim/test_graph.py \
     tests/optim/test_fused.py tests/optim/test_rules.py tests/optim/test_overlap.py \
-    tests/optim/test_speculation.py 2>&1 | results tests
+    tests/optim/test_speculation.py tests/optim/test_calibration.py 2>&1 | results tests
   say "tests of the kernels and the step"
 fi
 if has invariance; then # one process start takes 10 to 15 s on such machines
@@ -52,14 +52,15 @@ if has deepspeed; then
   say deepspeed
 fi
 if has step; then
-  OPTIONS=${OPTIONS:-'[{"name": "graph 128", "cuda_graph": true, "exchange": {"bucket_bytes": 134217728}},
-    {"name": "graph 256", "cuda_graph": true, "exchange": {"bucket_bytes": 268435456}}, {"name": "eager"}]'}
-  SHARING='[{}, {"name": "share", "cases": "@", "exchange": {"replicas": "share"}},
-    {"name": "repeat", "cases": "@", "exchange": {"replicas": "repeat"}}]'
+  OPTIONS=${OPTIONS:-'[{"name": "FlashMuon defaults"}, {"name": "FlashMuon graph", "cuda_graph": true}]'}
+  SHARING='[{"name": "FlashMuon defaults", "cases": "experts"}, {"name": "FlashMuon graph", "cases": "experts", "cuda_graph": true},
+    {"name": "FlashMuon share", "cases": "@", "cuda_graph": true, "exchange": {"replicas": "share"}},
+    {"name": "FlashMuon repeat", "cases": "@", "cuda_graph": true, "exchange": {"replicas": "repeat"}}]'
   MORE=experts,experts:rows
-  [ "$GPUS" -ge 4 ] && MORE=$MORE,1b@2x$((GPUS / 2)),7b@2x$((GPUS / 2))
+  [ "$GPUS" -ge 2 ] && MORE=$MORE,1b@2x$((GPUS / 2))
+  [ "$GPUS" -ge 4 ] && MORE=$MORE,7b@2x$((GPUS / 2))
   # dion compiles for a minute: at the same time as our tuning.
-  (ranks "${WARM_S:-110}" "$GPUS" 29601 launch/bench/step.py --cases 7b,1b --candidates "dion gram" --steps 3 \
+  (ranks "${WARM_S:-110}" "$GPUS" 29601 launch/bench/step.py --cases 1b,7b --candidates "dion gram" --steps 3 \
     --minutes 1.6 --out "$OUT/warm" >"$OUT/warm.log" 2>&1) &
   ranks "${WARM_S:-110}" "$GPUS" 29602 launch/bench/step.py --tune-only --tune-minutes 1 --cases 1b,7b \
     --options "$OPTIONS" --out "$OUT/tune" >"$OUT/tune.log" 2>&1
@@ -68,7 +69,7 @@ if has step; then
   ranks 45 "$GPUS" 29603 -m flashns_dist.optim.calibration --seconds 10 --shapes "$OUT/tune/shapes.json" \
     --out "$OUT/calibration.json" 2>&1 | log 3
   say calibrated
-  ranks "${STEP_S:-120}" "$GPUS" 29604 launch/bench/step.py --cases 7b,1b --steps 10 --options "$OPTIONS" \
+  ranks "${STEP_S:-120}" "$GPUS" 29604 launch/bench/step.py --cases 1b,7b --steps 10 --options "$OPTIONS" \
     --candidates "FlashMuon,fused AdamW,dion gram" --cost "$OUT/calibration.json" --minutes 1.7 --profile 7b --out "$OUT" 2>&1 | log
   say step
   ranks "${MORE_S:-90}" "$GPUS" 29605 launch/bench/step.py --tune --tune-minutes 0.4 --cases "$MORE" --options "$SHARING" \
@@ -76,7 +77,7 @@ if has step; then
   say "experts and replicas"
 fi
 if has fsdp; then
-  ranks "${FSDP_S:-90}" "$GPUS" 29607 launch/bench/fsdp_step.py --size 1b --minutes 1.2 --out "$OUT" 2>&1 | log 5
+  ranks "${FSDP_S:-120}" "$GPUS" 29607 launch/bench/fsdp_step.py --size 1b --minutes 1.2 --out "$OUT" 2>&1 | log 5
   say fsdp
 fi
 if has megatron; then
