@@ -10,7 +10,7 @@ accumulate in fp32 and round once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeGuard
+from typing import Protocol, TypeAlias, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,6 +57,29 @@ def column(scalar: Scalar) -> float | Tensor:
     """A scalar shaped to broadcast over ``(batch, n, m)``."""
     values = scalar.tensor() if isinstance(scalar, Multiple) else scalar
     return values[:, None, None] if isinstance(values, Tensor) else values
+
+
+class SymmetricOptions(TypedDict, total=False):
+    """The keywords of ``Kernels.symmetric``, for who hands them on."""
+
+    alpha: Scalar
+    c: Tensor | None
+    beta: Scalar
+    gamma: Scalar
+    out: Tensor | None
+
+
+class ProductOptions(TypedDict, total=False):
+    """The keywords of ``Kernels.product``, for who hands them on."""
+
+    alpha: Scalar
+    c: Tensor | None
+    beta: Scalar
+    shift: float
+    column_scale: Tensor | None
+    transpose: bool
+    dtype: torch.dtype | None
+    out: Tensor | None
 
 
 class Kernels(Protocol):

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
+from flashns_dist.orthogonalize.kernels.interface import (
+    Kernels,
+    ProductOptions,
+    Scalar,
+    SymmetricOptions,
+    is_number,
+)
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _HALF = (torch.float16, torch.bfloat16)
 _NEEDED = ("gemm", "gemm_add", "gemm_symmetric")
@@ -79,71 +88,46 @@ class QuackKernels:
         result: Tensor = self._quack.gemm_symmetric(x, x.mT, out=out, alpha=float(alpha))
         return result
 
-    def symmetric(
-        self,
-        a: Tensor,
-        b: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        gamma: Scalar = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def symmetric(self, a: Tensor, b: Tensor, **options: Unpack[SymmetricOptions]) -> Tensor:
         """See ``interface.Kernels.symmetric``."""
-        plain = is_number(gamma) and gamma == 0.0 and _fits(a, b, c, out) and a.numel() > 0
+        alpha, beta, gamma = (
+            options.get("alpha", 1.0),
+            options.get("beta", 0.0),
+            options.get("gamma"),
+        )
+        c, out = options.get("c"), options.get("out")
+        plain = is_number(gamma) and not gamma and _fits(a, b, c, out) and a.numel() > 0
         if not (plain and is_number(alpha) and is_number(beta)):
-            return self._other.symmetric(a, b, alpha=alpha, c=c, beta=beta, gamma=gamma, out=out)
+            return self._other.symmetric(a, b, **options)
         result: Tensor = self._quack.gemm_symmetric(
             a, b, C=c, out=out, alpha=float(alpha), beta=float(beta)
         )
         mirror_diagonal_blocks(result, _DIAGONAL_BLOCK)
         return result
 
-    def product(
-        self,
-        a: Tensor,
-        x: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        shift: float = 0.0,
-        column_scale: Tensor | None = None,
-        transpose: bool = False,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
         """See ``interface.Kernels.product``."""
-        half = (dtype or x.dtype) in _HALF and column_scale is None and shift == 0.0
-        plain = half and _fits(a, x, c, out) and x.numel() > 0
+        alpha, beta = options.get("alpha", 1.0), options.get("beta", 0.0)
+        c, out, dtype = options.get("c"), options.get("out"), options.get("dtype") or x.dtype
+        scaled = options.get("column_scale") is not None or options.get("shift", 0.0) != 0.0
+        plain = dtype in _HALF and not scaled and _fits(a, x, c, out) and x.numel() > 0
         if not (plain and is_number(alpha) and is_number(beta)):
-            return self._other.product(
-                a,
-                x,
-                alpha=alpha,
-                c=c,
-                beta=beta,
-                shift=shift,
-                column_scale=column_scale,
-                transpose=transpose,
-                dtype=dtype,
-                out=out,
-            )
+            return self._other.product(a, x, **options)
         # (a x)^T = x^T a^T: a transposed result costs nothing.
+        transpose = options.get("transpose", False)
         left, right = (x.mT, a.mT) if transpose else (a, x)
-        options: dict[str, Any] = {
+        given: dict[str, Any] = {
             "out": out,
             "alpha": float(alpha),
-            "out_dtype": dtype or x.dtype,
+            "out_dtype": dtype,
             "tuned": False,
         }
         result: Tensor
         if c is None or beta == 0.0:
-            result = self._quack.gemm(left, right, **options)
+            result = self._quack.gemm(left, right, **given)
         else:
             third = c.mT if transpose else c
-            result = self._quack.gemm_add(left, right, third, beta=float(beta), **options)
+            result = self._quack.gemm_add(left, right, third, beta=float(beta), **given)
         return result
 
 

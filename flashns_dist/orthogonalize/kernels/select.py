@@ -6,12 +6,18 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar, is_number
+from flashns_dist.orthogonalize.kernels.interface import (
+    Kernels,
+    ProductOptions,
+    Scalar,
+    SymmetricOptions,
+    is_number,
+)
 from flashns_dist.orthogonalize.kernels.recording import active_recorder
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels, exact_sums
 from flashns_dist.orthogonalize.kernels.tuning import (
@@ -20,6 +26,9 @@ from flashns_dist.orthogonalize.kernels.tuning import (
     fastest,
     tuning_requested,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -71,36 +80,11 @@ def _for_device(index: int) -> str | SelectedKernels:
 class CublasKernels(TorchKernels):
     """``TorchKernels``, with ``alpha`` and ``out`` handed to cuBLAS where it takes them."""
 
-    def product(
-        self,
-        a: Tensor,
-        x: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        shift: float = 0.0,
-        column_scale: Tensor | None = None,
-        transpose: bool = False,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
         """See ``interface.Kernels.product``."""
-        result = out.dtype if out is not None else dtype or x.dtype
-        plain = c is None and shift == 0.0 and column_scale is None and not transpose
-        if not plain or not is_number(alpha) or result != a.dtype:
-            return super().product(
-                a,
-                x,
-                alpha=alpha,
-                c=c,
-                beta=beta,
-                shift=shift,
-                column_scale=column_scale,
-                transpose=transpose,
-                dtype=dtype,
-                out=out,
-            )
+        alpha, out = options.get("alpha", 1.0), options.get("out")
+        if not is_number(alpha) or not _alone(options) or _result_dtype(x, options) != a.dtype:
+            return super().product(a, x, **options)
         if out is None:
             out = x.new_empty((a.shape[0], a.shape[1], x.shape[2]))
         with exact_sums():  # With beta = 0 the first operand is not read.
@@ -159,59 +143,28 @@ class SelectedKernels:
 
         return self._run("gram", x, x.shape[2], (alpha,), call)
 
-    def symmetric(
-        self,
-        a: Tensor,
-        b: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        gamma: Scalar = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def symmetric(self, a: Tensor, b: Tensor, **options: Unpack[SymmetricOptions]) -> Tensor:
         """See ``interface.Kernels.symmetric``."""
 
         def call(kernels: Kernels) -> Tensor:
-            return kernels.symmetric(a, b, alpha=alpha, c=c, beta=beta, gamma=gamma, out=out)
+            return kernels.symmetric(a, b, **options)
 
-        kind = "symmetric" if c is None else "symmetric_c"
-        return self._run(kind, a, a.shape[2], (alpha, beta, gamma), call)
+        scalars = (options.get("alpha"), options.get("beta"), options.get("gamma"))
+        kind = "symmetric" if options.get("c") is None else "symmetric_c"
+        return self._run(kind, a, a.shape[2], scalars, call)
 
-    def product(
-        self,
-        a: Tensor,
-        x: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        shift: float = 0.0,
-        column_scale: Tensor | None = None,
-        transpose: bool = False,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
         """See ``interface.Kernels.product``."""
 
         def call(kernels: Kernels) -> Tensor:
-            return kernels.product(
-                a,
-                x,
-                alpha=alpha,
-                c=c,
-                beta=beta,
-                shift=shift,
-                column_scale=column_scale,
-                transpose=transpose,
-                dtype=dtype,
-                out=out,
-            )
+            return kernels.product(a, x, **options)
 
-        result = out.dtype if out is not None else dtype or x.dtype
-        parts = ("t" if transpose else "n", "" if c is None else "c", "s" if shift else "")
-        kind = f"product_{''.join(parts)}_{str(result)[6:]}"
-        return self._run(kind, a, x.shape[2], (alpha, beta, column_scale), call)
+        scalars = (options.get("alpha"), options.get("beta"), options.get("column_scale"))
+        turned = "t" if options.get("transpose") else "n"
+        added = "" if options.get("c") is None else "c"
+        shifted = "s" if options.get("shift") else ""
+        kind = f"product_{turned}{added}{shifted}_{str(_result_dtype(x, options))[6:]}"
+        return self._run(kind, a, x.shape[2], scalars, call)
 
     def __getattr__(self, name: str) -> Any:
         # Optional extras, such as gram_space, are the default member's.
@@ -269,6 +222,17 @@ class SelectedKernels:
         best, seconds = fastest([(name, _bind(call, self._members[name])) for name in names])
         self._cache.store(problem, names[best], seconds)
         return names[best]
+
+
+def _alone(options: ProductOptions) -> bool:
+    """Whether a product is neither added to, nor shifted, scaled by columns or transposed."""
+    added = options.get("c") is not None or options.get("shift", 0.0) != 0.0
+    return not (added or options.get("column_scale") is not None or options.get("transpose"))
+
+
+def _result_dtype(x: Tensor, options: ProductOptions) -> torch.dtype:
+    out = options.get("out")
+    return out.dtype if out is not None else options.get("dtype") or x.dtype
 
 
 def _bind(call: Callable[[Kernels], Tensor], kernels: Kernels) -> Callable[[], Tensor]:
