@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import weakref
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import Coefficients, resolve_coefficients
 from flashns_dist.orthogonalize.cost import choose_method
-from flashns_dist.orthogonalize.kernels.interface import Scalar
+from flashns_dist.orthogonalize.kernels.interface import ProductOptions, Scalar, SymmetricOptions
 from flashns_dist.orthogonalize.methods import check_coefficients, find_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @lru_cache(maxsize=4096)
@@ -79,36 +83,17 @@ class _Sizes:
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         return self._result(out, len(x), x.shape[1], x.shape[1], dtype=x.dtype)
 
-    def symmetric(
-        self,
-        a: Tensor,
-        b: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        gamma: Scalar = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return self._result(out, len(a), a.shape[1], a.shape[1], dtype=a.dtype)
+    def symmetric(self, a: Tensor, b: Tensor, **options: Unpack[SymmetricOptions]) -> Tensor:
+        return self._result(options.get("out"), len(a), a.shape[1], a.shape[1], dtype=a.dtype)
 
-    def product(
-        self,
-        a: Tensor,
-        x: Tensor,
-        *,
-        alpha: Scalar = 1.0,
-        c: Tensor | None = None,
-        beta: Scalar = 0.0,
-        shift: float = 0.0,
-        column_scale: Tensor | None = None,
-        transpose: bool = False,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        scaled = None if column_scale is None else self._new(*a.shape, dtype=a.dtype)
-        size = (x.shape[2], a.shape[1]) if transpose else (a.shape[1], x.shape[2])
-        result = self._result(out, len(a), *size, dtype=dtype or x.dtype)
+    def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
+        scaled = None
+        if options.get("column_scale") is not None:
+            scaled = self._new(*a.shape, dtype=a.dtype)
+        size = (a.shape[1], x.shape[2])
+        size = size[::-1] if options.get("transpose") else size
+        dtype = options.get("dtype") or x.dtype
+        result = self._result(options.get("out"), len(a), *size, dtype=dtype)
         del scaled
         return result
 
