@@ -1,4 +1,4 @@
-"""Triton's interpreter (``TRITON_INTERPRET=1``), repaired where Triton 3.6's is wrong."""
+"""Triton's interpreter (``TRITON_INTERPRET=1``), repaired where that of 3.4 to 3.6 is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def interpreting() -> bool:
 
 
 def repair() -> None:
-    """Mends three things that Triton 3.6's interpreter gets wrong; calling it again does nothing.
+    """Mends three things that the interpreter gets wrong; calling it again does nothing.
 
     A loop bound that is a kernel argument fails with NumPy 2.4 and later (``int`` of a one-element
     array); a product of bfloat16 blocks multiplies their bit patterns; and fp32 is truncated to
@@ -31,9 +31,10 @@ def repair() -> None:
         builder.cast_impl,
     )
 
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch(tensor: Any, *scope: Any) -> None:  # Triton 3.4 has no scope
+        patch_tensor(tensor, *scope)
+        set_attr = scope[0].set_attr if scope else setattr
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         return dot(self, _widened(a), _widened(b), d, *options)
