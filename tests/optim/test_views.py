@@ -204,7 +204,9 @@ class Convolutions(nn.Module):
 def train_convolutions(model: nn.Module, steps: int) -> list[Tensor]:
     """Weights after training, and the gradients of each step, gathered."""
     overrides = {"first.weight": "muon", "grouped.weight": "muon"}
-    optimizer = FlashMuon(parameter_groups(model, overrides=overrides), lr=0.05, aux_lr=0.01)
+    groups = parameter_groups(model, overrides=overrides)
+    exchange = ExchangeOptions(wire_dtype=torch.float32)  # bf16 would round other sums elsewhere
+    optimizer = FlashMuon(groups, lr=0.05, aux_lr=0.01, exchange=exchange)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         images = torch.randn(6, 3, 8, 8, generator=generator).to(rank_device())
