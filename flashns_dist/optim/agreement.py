@@ -18,8 +18,8 @@ from flashns_dist.exchange import (
 from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
 
-_HAS, _LACKS, _NONFINITE, _LARGEST, _MINUS_LARGEST = range(5)
-_ERROR, _BAD_VALUE, _FOUND_INF, _SEVERAL = range(4)
+_HAS, _LACKS, _NONFINITE, _LARGEST, _MINUS_LARGEST, _IS_REPLICATED = range(6)
+_ERROR, _OUTDATED, _BAD_VALUE, _FOUND_INF, _SEVERAL, _SETTINGS, _MINUS_SETTINGS = range(7)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Verdict:
         found_inf: Whether a GradScaler found an overflow on some rank.
         is_simple: Whether every rank that stores an active parameter has a gradient of it, and one
             process group, the world's, holds all parameters of all ranks.
+        is_outdated: Whether some rank has other parameters now: all are to bind theirs anew, and
+            to agree again.
     """
 
     active: tuple[bool, ...]
@@ -41,6 +43,7 @@ class Verdict:
     is_finite: bool
     found_inf: bool
     is_simple: bool
+    is_outdated: bool
 
 
 def agree_on_gradients(
@@ -49,6 +52,7 @@ def agree_on_gradients(
     gradients: Sequence[Tensor | None],
     problem: str | None,
     found_inf: Tensor | None,
+    settings: Settings,
     unaveraged: Collection[int] = (),
     observe: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> Verdict:
@@ -64,16 +68,18 @@ def agree_on_gradients(
         gradients: This rank's parts, None where it has no gradient.
         problem: An error that this rank has already found; then all ranks raise.
         found_inf: A GradScaler's flag, if there is one.
+        settings: Of the parameter groups, as they are now.
         unaveraged: Indices of the parameters whose replicas may have different gradients.
         observe: Brings what a process group has agreed on, as ``can_step`` takes it, to the host.
 
     Raises:
-        RuntimeError: Replicas disagree about a gradient, or another rank has a problem.
+        RuntimeError: Ranks disagree about a gradient or a setting, or another has a problem.
         ValueError: ``problem``, on the ranks that have one.
     """
     device = bound[0].local(bound[0].storage).device
-    flags = [0.0] * 5
+    flags = [0.0] * 7
     flags[_ERROR] = float(problem is not None)
+    flags[_OUTDATED] = float(settings.is_outdated)
     flags[_SEVERAL] = float(len(members) > 1)
     if found_inf is not None:
         flags[_FOUND_INF] = float(found_inf.max())
@@ -81,8 +87,9 @@ def agree_on_gradients(
     active = [False] * len(bound)
     nonfinite: list[str] = []
     is_complete = True
-    for indices in members:
+    for indices, number in zip(members, settings.numbers, strict=True):
         chosen = [bound[i] for i in indices]
+        flags[_SETTINGS], flags[_MINUS_SETTINGS] = number, -number
         values = _summary(chosen, [gradients[i] for i in indices], flags)
         reduce_largest_(values, chosen[0].process_group)
         agreed = observe(values)
@@ -92,28 +99,89 @@ def agree_on_gradients(
         bad = agreed[_NONFINITE, :-1].bool().tolist()
         nonfinite += [b.name for b, is_bad in zip(chosen, bad, strict=True) if is_bad]
         try:
+            if not agreed[_OUTDATED, -1] and _disagree(agreed):
+                settings.compare(indices)
             _check_replicas(*_compared(indices, chosen, gradients, agreed, unaveraged), device)
         except RuntimeError as found:
             error = error or found
         flags = agreed[:, -1].tolist()
         flags[_BAD_VALUE] = max(flags[_BAD_VALUE], float(bool(nonfinite)))
         flags[_ERROR] = max(flags[_ERROR], float(error is not None))
-    largest = bound[members[-1][0]].process_group
-    spans_world = largest is None or dist.get_world_size(largest) == dist.get_world_size()
-    if not spans_world:
-        for indices in reversed(members):  # back the way that flags came, and on
-            values = torch.tensor(flags, dtype=torch.float64, device=device)
-            flags = agree_on_largest(values, bound[indices[0]].process_group).tolist()
+    groups = [bound[indices[0]].process_group for indices in members]
+    flags = _back(flags, groups, device)
     if flags[_ERROR]:
-        # Of a group that not all of its ranks take for their largest, some would not come.
-        _raise(error, largest if spans_world or not flags[_SEVERAL] else None)
+        _raise(error, groups, several=bool(flags[_SEVERAL]))
     return Verdict(
         tuple(active),
         tuple(nonfinite),
         not flags[_BAD_VALUE],
         bool(flags[_FOUND_INF]),
-        bool(is_complete) and spans_world and not flags[_SEVERAL],
+        bool(is_complete) and _spans_world(groups[-1]) and not flags[_SEVERAL],
+        bool(flags[_OUTDATED]),
     )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a rank knows of its parameter groups' settings before a step.
+
+    Attributes:
+        numbers: Of each process group's parameters: equal where their settings are.
+        is_outdated: Whether groups have other parameters, or other settings that plans depend on,
+            than those that were bound.
+        compare: Compares the settings of a process group's parameters, by their indices, across
+            its ranks. Raises RuntimeError, naming where they differ.
+    """
+
+    numbers: Sequence[float]
+    is_outdated: bool
+    compare: Callable[[Sequence[int]], None]
+
+
+def raise_together(
+    groups: Sequence[dist.ProcessGroup | None], device: torch.device, error: Exception | None
+) -> None:
+    """Raise on every rank if one has an error.
+
+    Collectives: one small ``all_reduce`` on each process group, and one more where none spans the
+    world; more where there is an error.
+
+    Args:
+        groups: This rank's, smallest first.
+        device: Of the parameters.
+        error: This rank's.
+
+    Raises:
+        RuntimeError: Another rank has an error.
+    """
+    flags = [0.0] * 7
+    flags[_ERROR], flags[_SEVERAL] = float(error is not None), float(len(groups) > 1)
+    for group in groups:
+        flags = _agreed(flags, group, device)
+    flags = _back(flags, groups, device)
+    if flags[_ERROR]:
+        _raise(error, groups, several=bool(flags[_SEVERAL]))
+
+
+def _back(
+    flags: list[float], groups: Sequence[dist.ProcessGroup | None], device: torch.device
+) -> list[float]:
+    """Flags that came from the smallest to the largest group, sent back and on where they must."""
+    if not _spans_world(groups[-1]):
+        for group in reversed(groups):
+            flags = _agreed(flags, group, device)
+    return flags
+
+
+def _agreed(
+    flags: list[float], group: dist.ProcessGroup | None, device: torch.device
+) -> list[float]:
+    values = torch.tensor(flags, dtype=torch.float64, device=device)
+    return agree_on_largest(values, group).tolist()  # type: ignore[no-any-return]
+
+
+def _spans_world(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_world_size(group) == dist.get_world_size()
 
 
 def can_step(agreed: Tensor, expected: Tensor) -> Tensor:
@@ -122,7 +190,7 @@ def can_step(agreed: Tensor, expected: Tensor) -> Tensor:
     Where it is not, ``agree_on_gradients`` may still find that they can.
 
     Args:
-        agreed: ``(5, parameters + 1)`` float64, of all parameters of one process group.
+        agreed: ``(7, parameters + 1)`` float64, of all parameters of one process group.
         expected: ``(parameters,)`` float64: 1 where every rank is to have a gradient, 0 where none.
 
     Returns:
@@ -130,7 +198,12 @@ def can_step(agreed: Tensor, expected: Tensor) -> Tensor:
     """
     facts, flags = agreed[:, :-1], agreed[:_SEVERAL, -1]
     wrong = (facts[_HAS] != expected) | (facts[_LACKS] == expected) | (facts[_NONFINITE] != 0)
-    return ~((wrong | _differ(facts)).any() | flags.any())
+    return ~((wrong | _differ(facts)).any() | flags.any() | _disagree(agreed))
+
+
+def _disagree(agreed: Tensor) -> Tensor:
+    """Whether ranks have different settings."""
+    return agreed[_SETTINGS, -1] != -agreed[_MINUS_SETTINGS, -1]
 
 
 def _differ(facts: Tensor) -> Tensor:
@@ -157,20 +230,20 @@ def _compared(
 def _summary(
     bound: Sequence[BoundParameter], gradients: Sequence[Tensor | None], flags: Sequence[float]
 ) -> Tensor:
-    """``(5, len(bound) + 1)``: what to compare about each parameter, and the flags so far."""
+    """``(7, len(bound) + 1)``: what to compare about each parameter, and the flags so far."""
     device = bound[0].local(bound[0].storage).device
-    known = torch.zeros(6, len(bound) + 1, dtype=torch.float64)
+    known = torch.zeros(7, len(bound) + 1, dtype=torch.float64)
     known[_HAS, :-1] = torch.tensor([g is not None for g in gradients], dtype=torch.float64)
     known[_LACKS, :-1] = 1 - known[_HAS, :-1]
-    known[:5, -1] = torch.tensor(flags, dtype=torch.float64)
-    known[5, :-1] = torch.tensor([b.is_replicated for b in bound], dtype=torch.float64)
+    known[:, -1] = torch.tensor(flags, dtype=torch.float64)
+    known[_IS_REPLICATED, :-1] = torch.tensor([b.is_replicated for b in bound], dtype=torch.float64)
     values = known.to(device)
     largest = _largest_magnitudes(gradients, device)
     finite = largest.isfinite()
     values[_NONFINITE, :-1] = (~finite).double()
-    values[_LARGEST, :-1] = torch.where(finite, largest * values[5, :-1], 0.0)
+    values[_LARGEST, :-1] = torch.where(finite, largest * values[_IS_REPLICATED, :-1], 0.0)
     values[_MINUS_LARGEST, :-1] = -values[_LARGEST, :-1]
-    return values[:5]
+    return values
 
 
 def _largest_magnitudes(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -241,8 +314,12 @@ def _replica_sets(layout: Layout) -> list[tuple[int, ...]]:
     return sorted({ranks for ranks in layout.holders.values() if len(ranks) > 1})
 
 
-def _raise(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+def _raise(
+    error: Exception | None, groups: Sequence[dist.ProcessGroup | None], *, several: bool
+) -> None:
     """Raise on every rank; where it can, with the message of the rank that has one."""
+    # Of a group that not all of its ranks take for their largest, some would not come.
+    group = groups[-1] if _spans_world(groups[-1]) or not several else None
     found = explain_on_every_rank(None if error is None else str(error), group)
     if error is not None:
         raise error

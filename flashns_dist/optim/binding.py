@@ -39,6 +39,7 @@ class BoundParameter:
         local: Maps the storage, its gradient or a state of the same shape to this rank's part:
             an array that the layout's fragments of this rank index into.
         blocks: Its matrices.
+        problem: Why it cannot be stepped, found on this rank; every rank raises then.
     """
 
     name: str
@@ -49,6 +50,7 @@ class BoundParameter:
     group_rank: int
     local: Callable[[Tensor], Tensor]
     blocks: tuple[Block, ...]
+    problem: str | None = None
 
     @cached_property
     def group_ranks(self) -> tuple[int, ...]:
@@ -102,8 +104,7 @@ def bind_parameter(
     mesh's ranks is made the first time (they all must get here).
 
     Raises:
-        NotImplementedError: A placement is not supported, or the local shard's shape is not what
-            the placements say.
+        NotImplementedError: A placement is not supported.
     """
     shape = tuple(int(size) for size in param.shape)
     mesh = getattr(param, "device_mesh", None)
@@ -127,14 +128,15 @@ def bind_parameter(
     )
     group_rank = dist.get_rank(process_group)
     stored, expected = local_part(param).numel(), layout.local_numel(group_rank)
+    problem = None
     if stored != expected:
-        raise NotImplementedError(
+        problem = (
             f"{name}: rank {dist.get_rank()} stores {stored} elements of {shape}, but its "
             f"placements {param.placements} say {expected}. "  # type: ignore[attr-defined]
             "Pad the dim so that it divides evenly."
         )
     return BoundParameter(
-        name, param, group_index, layout, process_group, group_rank, local_part, blocks
+        name, param, group_index, layout, process_group, group_rank, local_part, blocks, problem
     )
 
 

@@ -258,7 +258,7 @@ class EarlyQueue:
         warnings.warn(
             "what was gathered during the backward pass is not used, with the same results but "
             f"no overlap, because {problem}. Note: {after}.",
-            stacklevel=7,  # the caller of step(), which torch wraps twice
+            stacklevel=8,  # the caller of step(), which torch wraps twice
         )
 
     def drop(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -147,6 +147,9 @@ class FlashMuon(Optimizer):
         self._steps: dict[tuple[int, tuple[bool, ...]], MatrixStep | GraphedStep] = {}
         self._checked = False
         self._expected: tuple[bool, ...] | None = None
+        self._has_changed = True  # since the parameters were bound
+        self._world: object = None
+        self._early = EarlyGathers(self.exchange_options)
         self._adapter: Callable[[], list[BoundParameter]] | None = None
         defaults = {
             "lr": lr,
@@ -195,10 +198,30 @@ class FlashMuon(Optimizer):
         except Exception:  # a view of the user's may raise anything
             del self.param_groups[before:]
             raise
-        for name, param in self._named(before):
-            blocks = parameter_blocks(name, full_shape(param), added)
-            self.state[param].update(init_state(param, added, blocks))
-        self._unbind()
+        self._make_state(self._named(before), added)
+        self._change()
+
+    def _make_state(self, named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any]) -> None:
+        for name, param in named:
+            blocks = parameter_blocks(name, full_shape(param), group)
+            self.state[param].update(init_state(param, group, blocks))
+
+    def _renew_state(self) -> None:
+        """State of parameters that came, or moved, after the optimizer was made."""
+        for index, group in enumerate(self.param_groups):
+            for name, param in self._named(index):
+                if param.is_meta:
+                    raise ValueError(
+                        f"{name} is on the meta device; make the optimizer after to_empty(), which "
+                        "makes new parameters"
+                    )
+            new = [(n, p) for n, p in self._named(index) if _is_elsewhere(self.state.get(p), p)]
+            for _, param in new:
+                self.state.pop(param, None)
+            self._make_state(new, group)
+        present = {param for group in self.param_groups for param in group["params"]}
+        for param in [p for p, s in self.state.items() if p not in present and not _has_stepped(s)]:
+            del self.state[param]
 
     def _named(self, group_index: int) -> list[tuple[str, Tensor]]:
         group = self.param_groups[group_index]
@@ -219,20 +242,27 @@ class FlashMuon(Optimizer):
         """
         check_overlap(self.exchange_options, has_adapter=True)
         self._adapter = adapter
-        self._unbind()
+        self._change()
+
+    def _change(self) -> None:
+        """The next step binds anew, on every rank."""
+        self._has_changed = True
+        self._early.retire()
 
     def _unbind(self) -> None:
-        if "_early" not in self.__dict__:
-            self._early = EarlyGathers(self.exchange_options)
         self._early.unbind()
         self._bound, self._steps, self._checked, self._expected = [], {}, False, None
 
     def _bind(self) -> None:
-        if self._bound:
+        """Find out where the parameters lie, if that is not known or no longer true."""
+        if self._bound and not self._has_changed:
             return
+        self._unbind()
+        self._has_changed, self._world = False, _world()
         if self._adapter is not None:
             self._bound = self._adapter()
         else:
+            self._renew_state()
             replica_group = self._replica_group()
             self._bound = [
                 bind_parameter(
@@ -246,15 +276,17 @@ class FlashMuon(Optimizer):
                 for name, param in self._named(index)
             ]
         self._setup = Setup(
-            self._bound, lambda: self.param_groups, self.exchange_options, self.cuda_graph
+            self._bound,
+            lambda: self.param_groups,
+            self.exchange_options,
+            self.cuda_graph,
+            has_adapter=self._adapter is not None,
         )
         self._early.bind(self, self._bound, self._setup.matrices)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
-        if not isinstance(group, str):
-            return group
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return _world() if isinstance(group, str) else group
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: self.__dict__[k] for k in _KEPT}
@@ -262,8 +294,11 @@ class FlashMuon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_adapter", None)
-        self._unbind()
+        if "_bound" not in self.__dict__:  # a copy; load_state_dict comes here too
+            self._adapter, self._world = None, None
+            self._early = EarlyGathers(self.exchange_options)
+            self._unbind()
+        self._change()
 
     # Step -------------------------------------------------------------------------------------
 
@@ -285,19 +320,29 @@ class FlashMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._bound and self._setup.is_outdated:
+        if self._world is not _world():  # the process groups are gone
             self._unbind()
-        self._bind()
         if not self._bound:
-            return loss
+            self._bind()
+        while self._bound and not self._run_step():
+            self._bind()
+        return loss
+
+    def _run_step(self) -> bool:
+        """A step of the bound parameters, unless some rank has others now: then nothing."""
         setup = self._setup
         if not self._checked:
             setup.check(self.state)
             self._checked = True
+        if setup.is_outdated:
+            self._change()
         gradients, problem = self._local_gradients()
-        for (number, _), step in self._steps.items():  # while the device works on the gradients
-            chosen = [gradients[i] for i in setup.matrices[number]]
-            step.prepare(self.param_groups, self.state, chosen)
+        settings, invalid = setup.settings(is_outdated=self._has_changed)
+        problem = invalid or problem
+        if not self._has_changed and problem is None:
+            for (number, _), step in self._steps.items():  # while the device works on gradients
+                chosen = [gradients[i] for i in setup.matrices[number]]
+                step.prepare(self.param_groups, self.state, chosen)
         found_inf = getattr(self, "found_inf", None)
         speculation = self._speculation(gradients, problem)
         self._early.compare(gradients)
@@ -308,11 +353,16 @@ class FlashMuon(Optimizer):
                 gradients,
                 problem,
                 found_inf,
+                settings,
                 setup.unaveraged,
                 speculation.observe if speculation else Tensor.cpu,
             )
+            if verdict.is_outdated:
+                self._early.settle()
+                self._has_changed = True
+                return False
             if self._must_skip(verdict):
-                return loss
+                return True
             self._early.settle()
             self._unscale(gradients)
             has_run = speculation is not None and speculation.has_run
@@ -322,7 +372,7 @@ class FlashMuon(Optimizer):
             self._early.drop()
         self._expected = verdict.active if verdict.is_simple else None
         step_auxiliary(self._bound, self.param_groups, self.state, verdict.active, gradients)
-        return loss
+        return True
 
     def _speculation(
         self, gradients: Sequence[Tensor | None], problem: str | None
@@ -342,13 +392,15 @@ class FlashMuon(Optimizer):
             self.param_groups,
             self.state,
             [gradients[i] for i in indices],
-            is_possible=problem is None and all(value is None for value in scaler),
+            is_possible=problem is None
+            and not self._has_changed
+            and all(value is None for value in scaler),
         )
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
-        """This rank's gradients, and the first thing that is wrong with them or the setup."""
+        """This rank's gradients, and the first thing that is wrong with them."""
         gradients: list[Tensor | None] = []
-        problem = self._setup.problem
+        problem: str | None = None
         for bound in self._bound:
             try:
                 gradients.append(bound.gradient)
@@ -451,8 +503,8 @@ class FlashMuon(Optimizer):
             momentum.div_(bound.layout.group_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's; settings that are not plain values are left out."""
-        return plain_state_dict(super().state_dict())
+        """As every torch optimizer's, without the settings that are not plain values."""
+        return plain_state_dict(super().state_dict(), keep_keys=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or ``torch.optim.Muon``'s for the same parameters.
@@ -472,7 +524,7 @@ class FlashMuon(Optimizer):
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
         self._complete_state()
-        self._unbind()
+        self._change()
 
     def _complete_state(self) -> None:
         """Initial values of states that the checkpoint lacks: torch.optim.Muon has a momentum."""
@@ -482,6 +534,25 @@ class FlashMuon(Optimizer):
                 state = self.state[param]
                 if not set(state) >= state_names(group, blocks):
                     state.update({**init_state(param, group, blocks), **state})
+
+
+def _world() -> dist.ProcessGroup | None:
+    """The world's process group, None without one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _is_elsewhere(state: Mapping[str, Any] | None, param: Tensor) -> bool:
+    """Whether a parameter has no state, or an unused one of another device or sharding."""
+    if not state:
+        return True
+    kept = [v for k, v in state.items() if k != "step" and isinstance(v, Tensor)]
+    moved = any(value.device != param.device for value in kept)
+    return moved and not _has_stepped(state)
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    step = state.get("step", 0)
+    return not (isinstance(step, Tensor) and step.is_meta) and float(step) > 0
 
 
 __all__ = ["FlashMuon", "init_state"]

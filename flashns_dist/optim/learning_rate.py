@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import sqrt
+from math import isfinite, sqrt
 from typing import TypeAlias
 
-AdjustLr: TypeAlias = "str | Callable[[tuple[int, int]], float] | None"
+AdjustLr: TypeAlias = "str | Callable[[int, int], float] | None"
 
 _SCALES: dict[str, Callable[[int, int], float]] = {
     # As torch.optim.Muon: the update's spectral norm grows with tall matrices only.
@@ -25,7 +25,7 @@ def check_adjust_lr(adjust_lr_fn: AdjustLr) -> None:
         return
     raise ValueError(
         f"adjust_lr_fn={adjust_lr_fn!r} is unknown; use one of {sorted(_SCALES)}, None (as "
-        '"original", as in torch.optim.Muon) or a callable from (rows, cols) to a factor'
+        '"original", as in torch.optim.Muon) or a function of two numbers, rows and cols'
     )
 
 
@@ -38,9 +38,21 @@ def learning_rate_scale(adjust_lr_fn: AdjustLr, shape: tuple[int, int]) -> float
         adjust_lr_fn: As FlashMuon's: ``"match_rms_adamw"`` is of arXiv 2502.16982, ``"spectral"``
             of arXiv 2410.21265.
         shape: Of the matrix, global.
+
+    Raises:
+        ValueError: A function fails, or its result is no finite number, or negative.
     """
     if adjust_lr_fn is None:
         adjust_lr_fn = "original"
     if callable(adjust_lr_fn):
-        return float(adjust_lr_fn(shape))
+        try:
+            scale = float(adjust_lr_fn(*shape))
+        except Exception as error:  # the user's
+            raise ValueError(
+                f"adjust_lr_fn{shape} failed ({type(error).__name__}: {error}); it takes two "
+                "numbers, rows and cols, and returns a number"
+            ) from error
+        if not (isfinite(scale) and scale >= 0):
+            raise ValueError(f"adjust_lr_fn{shape} is {scale}; it must be finite and not negative")
+        return scale
     return _SCALES[adjust_lr_fn](*shape)

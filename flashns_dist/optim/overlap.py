@@ -94,11 +94,15 @@ class EarlyGathers:
                 stacklevel=2,
             )
 
-    def unbind(self) -> None:
+    def retire(self) -> None:
         """Remove the hooks. What has been sent since the last step, the next one drops."""
         for queue in self._queues.values():
             queue.close(_REBOUND)
-            self._left.append(queue)
+
+    def unbind(self) -> None:
+        """Make place for another binding."""
+        self.retire()
+        self._left += self._queues.values()
         self._queues = {}
 
     def watch(self, number: int, step: MatrixStep) -> None:

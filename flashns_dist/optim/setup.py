@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from flashns_dist.exchange import check_same_setup
 from flashns_dist.exchange.probe import first_value
+from flashns_dist.optim.agreement import Settings, raise_together
 from flashns_dist.optim.binding import BoundParameter
+from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.optim.machine import calibrated_cost
 from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.rules import MATRIX_RULES
@@ -33,9 +36,7 @@ class Setup:
         groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
         cuda_graph: Whether steps are replayed.
-
-    Attributes:
-        problem: Why no rank may step, once ``check`` has found it out.
+        has_adapter: Whether a framework keeps other tensors in the groups than were bound.
     """
 
     def __init__(
@@ -44,15 +45,22 @@ class Setup:
         groups: Callable[[], Sequence[dict[str, Any]]],
         options: ExchangeOptions,
         cuda_graph: bool,
+        *,
+        has_adapter: bool = False,
     ) -> None:
         self.bound = bound
         self._cuda_graph = cuda_graph
         self._present = groups
         self._options = options
-        self.problem: str | None = None
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
         self._plans: dict[tuple[int, ...], tuple[Plan, list[Matrix]]] = {}
+        self._has_adapter = has_adapter
         self._planned = self._plan_settings()
+        self._params = self._present_params()
+        self._rules = [group["update_rule"] for group in self._groups]
+        self._last: object = None
+        self._numbers: list[float] = []
+        self._problem: str | None = None
 
     @property
     def _groups(self) -> Sequence[dict[str, Any]]:
@@ -85,68 +93,153 @@ class Setup:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether a group has other settings than those that matrices were batched by.
+        """Whether groups have other parameters than those that were bound, or other settings than
+        those that matrices were batched by."""
+        if self._other_rule():
+            return False  # but an error
+        return self._plan_settings() != self._planned or self._params != self._present_params()
 
-        Raises:
-            ValueError: A group has another update rule.
+    def _present_params(self) -> list[list[int]]:
+        if self._has_adapter:
+            return []
+        return [[id(param) for param in group["params"]] for group in self._groups]
+
+    def _plan_settings(self) -> list[tuple[str, object]]:
+        """What of each group plans depend on."""
+        return [(self._kind(group), group.get("matrix_view")) for group in self._groups]
+
+    # Settings as they are now -----------------------------------------------------------------
+
+    def settings(self, *, is_outdated: bool) -> tuple[Settings, str | None]:
+        """The settings of this step, to compare with other ranks', and what is wrong with them.
+
+        Args:
+            is_outdated: See ``Settings``.
         """
-        planned = zip(self._groups, self._planned, strict=False)
-        for number, (group, (rule, *_)) in enumerate(planned):
+        facts = [self._facts(group) for group in self._groups]
+        present = facts if self._other_rule() else (facts, self._plan_settings())
+        if present != self._last:
+            self._last = present
+            self._problem = self._invalid()
+            digests = [hashlib.blake2b(repr(each).encode(), digest_size=6) for each in facts]
+            self._numbers = [
+                _number(b"".join(digests[self.bound[i].group_index].digest() for i in indices))
+                for indices in self.members
+            ]
+        return Settings(self._numbers, is_outdated, self.compare), self._problem
+
+    def _other_rule(self) -> str | None:
+        """What is wrong if a group has another update rule than before."""
+        for number, (group, rule) in enumerate(zip(self._groups, self._rules, strict=False)):
             if group["update_rule"] != rule:
-                raise ValueError(
+                return (
                     f"group {number}: its update_rule was {rule!r} and is now "
                     f"{group['update_rule']!r}, which keeps another state; make a new optimizer"
                 )
-        return self._plan_settings() != self._planned
+        return None
 
-    def _plan_settings(self) -> list[tuple[str, str, object]]:
-        """What of each group plans depend on."""
-        return [
-            (group["update_rule"], self._kind(group), group.get("matrix_view"))
-            for group in self._groups
-        ]
+    def _facts(self, group: Mapping[str, Any]) -> tuple[object, ...]:
+        """What of a group must agree between ranks, and may change from step to step."""
+        scale = group["adjust_lr_fn"]
+        if callable(scale):
+            scale = getattr(scale, "__qualname__", "a function")
+        found: list[object] = [scale, str(group["rounding"])]
+        for key in ("lr", "weight_decay", "momentum", "eps", "betas", "nesterov", "cautious"):
+            values = group[key] if key == "betas" else (group[key],)
+            try:
+                found += [float(value) for value in values]  # tensors, perhaps
+            except (TypeError, ValueError, RuntimeError):
+                found.append(repr(group[key]))  # which check_values refuses
+        return tuple(found)
+
+    def _invalid(self) -> str | None:
+        """What is wrong with the groups' settings, or None."""
+        other = self._other_rule()
+        if other is not None:
+            return other
+        try:
+            for group in self._groups:
+                check_values(group)
+            for bound in self.bound:
+                group = self._groups[bound.group_index]
+                for shape in {block.shape for block in bound.blocks}:
+                    learning_rate_scale(group["adjust_lr_fn"], shape)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def compare(self, indices: Sequence[int], digest: str = "") -> None:
+        """Compare the parameters of a process group and their settings across its ranks.
+
+        Collectives: a small comparison on the process group.
+
+        Args:
+            indices: Of the parameters.
+            digest: Of what else must agree.
+
+        Raises:
+            RuntimeError: Ranks disagree; the message names them and the parameter.
+        """
+        entries = [(self.bound[i].name, self._digest(self.bound[i])) for i in indices]
+        check_same_setup(entries, digest, self.bound[indices[0]].process_group)
+
+    # Setup ------------------------------------------------------------------------------------
 
     def check(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Compare the setups of all ranks, and agree on the cost model.
 
-        A plan that does not fit is left in ``problem``, so that the ranks of other process groups
-        learn of it too. Collectives: one ``broadcast`` and one small comparison on each process
-        group.
+        What one rank finds, all that it shares parameters with raise, directly or through others.
+        Collectives: one ``broadcast`` and one small comparison on each process group, and those of
+        ``raise_together``.
 
         Args:
             state: Of the optimizer.
 
         Raises:
-            RuntimeError: Ranks disagree about parameters, settings, layouts or plans.
+            RuntimeError: Ranks disagree about parameters, settings, layouts or plans, or another
+                rank has an error.
             NotImplementedError: An update rule cannot take a layout.
-            ValueError: A setting is out of range.
+            ValueError: A setting is out of range, or no plan fits into the options' memory.
         """
-        for group in self._groups:
-            check_values(group)
-        check_states(self.bound, self._groups, state)
-        for bound in self.bound:
-            group = self._groups[bound.group_index]
-            if is_matrix_rule(group):
-                MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
+        error = self._own_error(state)
+        unfit: ValueError | None = None
         for indices, matrices in zip(self.members, self.matrices, strict=True):
             first = self.bound[indices[0]]
             cost = self._options.cost
             if cost is None:
                 cost = calibrated_cost(first.local(first.storage).device)
             self._costs[first.group_ranks] = first_value(cost, first.process_group)
-            entries = [(self.bound[i].name, self._digest(self.bound[i])) for i in indices]
             digest = "none"
             if matrices:
-                digest = self._plan_digest(matrices)
+                try:
+                    digest = self.plan(matrices, [True] * len(matrices))[0].digest
+                except ValueError as found:  # nothing fits into the memory that there may be
+                    unfit = unfit or found
                 digest += str((self._exchanged, self._cuda_graph))
-            check_same_setup(entries, digest, first.process_group)
+            try:
+                self.compare(indices, digest)
+            except RuntimeError as found:
+                error = error or found
+        groups = [self.bound[indices[0]].process_group for indices in self.members]
+        device = self.bound[0].local(self.bound[0].storage).device
+        raise_together(groups, device, error or unfit)
 
-    def _plan_digest(self, indices: Sequence[int]) -> str:
+    def _own_error(self, state: Mapping[Tensor, dict[str, Any]]) -> Exception | None:
+        """What this rank finds wrong by itself."""
+        invalid = self._invalid()
+        if invalid is not None:
+            return ValueError(invalid)
         try:
-            return self.plan(indices, [True] * len(indices))[0].digest
-        except ValueError as error:  # nothing fits into the memory that there may be
-            self.problem = self.problem or str(error)
-            return "none"
+            check_states(self.bound, self._groups, state)
+            for bound in self.bound:
+                group = self._groups[bound.group_index]
+                if bound.problem is not None:
+                    raise NotImplementedError(bound.problem)
+                if is_matrix_rule(group):
+                    MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
+        except (ValueError, NotImplementedError) as error:
+            return error
+        return None
 
     def plan(self, indices: Sequence[int], active: Sequence[bool]) -> tuple[Plan, list[Matrix]]:
         """The plan of the matrices that travel, and those that do not.
@@ -194,9 +287,12 @@ class Setup:
 
     def _kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch."""
-        if not is_matrix_rule(group):
+        if group["update_rule"] not in MATRIX_RULES:
             return str(group["update_rule"])
-        coefficients = resolve_ns_coefficients(group)
+        try:
+            coefficients = resolve_ns_coefficients(group)
+        except ValueError as error:  # check_values says so
+            return str(error)
         digest = coefficients.digest if coefficients is not None else "default"
         settings = [group["method"], digest, group["ns_dtype"], group["backend"]]
         rule = MATRIX_RULES[group["update_rule"]].kind(group)
@@ -205,20 +301,21 @@ class Setup:
     def _digest(self, bound: BoundParameter) -> str:
         """What must agree between ranks about a parameter."""
         group = self._groups[bound.group_index]
-        keys = ("update_rule", "nesterov", "cautious", "rounding")
-        setting = [group[key] for key in (*keys, *rule_settings(group["update_rule"], {}))]
-        scalars = [group[key] for key in ("lr", "weight_decay", "momentum", "eps")]
-        setting += [float(value) for value in (*scalars, *group["betas"])]  # tensors, perhaps
-        scale = group["adjust_lr_fn"]
-        setting.append(getattr(scale, "__qualname__", "a function") if callable(scale) else scale)
+        keys = ("update_rule", *rule_settings(group["update_rule"], {}))
         facts = (
             bound.layout.digest,
             bound.storage.dtype,
-            setting,
+            [group[key] for key in keys],
+            self._facts(group),
             self._kind(group),
             self._exchanged,
         )
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
+
+
+def _number(content: bytes) -> float:
+    """A number of 48 bits, which fp64 holds."""
+    return float(int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big"))
 
 
 __all__ = ["Setup"]

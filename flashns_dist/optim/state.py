@@ -12,12 +12,22 @@ from torch.optim.optimizer import Optimizer
 from flashns_dist.optim.rules import AUXILIARY_RULES, MOMENTUM_SUMS, RULES
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
+_NOT_SAVED = "<not saved>"
 
 
-def plain_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Leave out group settings that ``torch.load(weights_only=True)`` would refuse."""
+def plain_state_dict(state_dict: dict[str, Any], *, keep_keys: bool = False) -> dict[str, Any]:
+    """Leave out group settings that ``torch.load(weights_only=True)`` would refuse.
+
+    Args:
+        state_dict: Of an optimizer.
+        keep_keys: Put a text in their place: ``flatten_optimizer_state_dict`` asks for all keys.
+    """
     groups = [
-        {key: value for key, value in group.items() if key == "params" or _is_plain(value)}
+        {
+            key: value if key == "params" or _is_plain(value) else _NOT_SAVED
+            for key, value in group.items()
+            if keep_keys or key == "params" or _is_plain(value)
+        }
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "param_groups": groups}
@@ -27,6 +37,10 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, _PLAIN)
+
+
+def _is_missing(value: object) -> bool:
+    return isinstance(value, str) and value == _NOT_SAVED
 
 
 def completed_state_dict(
@@ -52,16 +66,19 @@ def completed_state_dict(
                 f"{ours['update_rule']!r}, and their states differ; make the optimizer with the "
                 "checkpoint's rule"
             )
-        kept = {key: value for key, value in ours.items() if key not in ("params", "param_names")}
+        kept = {key: value for key, value in ours.items() if key != "params"}
         from_torch_muon = "update_rule" not in theirs and "ns_coefficients" in theirs
         if from_torch_muon and rule in MOMENTUM_SUMS:
             raise ValueError(
                 f"group {number} of the checkpoint is torch.optim.Muon's, whose momentum is an "
                 f"average, and that of update_rule={rule!r} is a sum; use another update rule"
             )
-        dropped = ("ns_coefficients", "ns_steps", "eps") if from_torch_muon else ()
-        # Views are of the model, and only their absence is ever saved.
-        read = {k: v for k, v in theirs.items() if k not in (*dropped, "matrix_view")}
+        dropped: tuple[str, ...] = ()
+        if from_torch_muon:
+            dropped = ("ns_coefficients", "ns_steps", "eps")
+        # Names and views are of the model, which another wrapper may have named otherwise.
+        dropped = (*dropped, "matrix_view", "param_names")
+        read = {k: v for k, v in theirs.items() if k not in dropped and not _is_missing(v)}
         completed.append({**kept, **read})
     state = {
         key: {"step": torch.zeros(()), **entry} if "momentum_buffer" in entry else entry

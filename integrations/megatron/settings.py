@@ -83,8 +83,7 @@ class ScaleMode:
     mode: str
     extra: float
 
-    def __call__(self, shape: tuple[int, int]) -> float:
-        rows, cols = shape
+    def __call__(self, rows: int, cols: int) -> float:
         factor = {
             "spectral": sqrt(max(rows, cols)),
             "unit_rms_norm": sqrt(rows / cols),
@@ -99,8 +98,8 @@ class Transposed:
 
     adjust_lr_fn: Any
 
-    def __call__(self, shape: tuple[int, int]) -> float:
-        return learning_rate_scale(self.adjust_lr_fn, (shape[1], shape[0]))
+    def __call__(self, rows: int, cols: int) -> float:
+        return learning_rate_scale(self.adjust_lr_fn, (cols, rows))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_flags_of_megatrons_muon_are_followed() -> None:
     )
     arguments = values.arguments
     assert arguments["momentum"] == 0.8
-    assert arguments["adjust_lr_fn"]((32, 128)) == pytest.approx(0.2 * 128**0.5)
+    assert arguments["adjust_lr_fn"](32, 128) == pytest.approx(0.2 * 128**0.5)
     assert arguments["ns_dtype"] == torch.float32
     assert arguments["betas"] == (0.9, 0.99)
     assert not values.settings.split_qkv

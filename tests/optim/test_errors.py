@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim import binding
-from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.testing.pool import RankPool, rank_device
+
+KELLER = (3.4445, -4.775, 2.0315)
 
 
 def matrix(rows: int = 6, cols: int = 8, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -191,7 +194,7 @@ def different_auxiliary_order() -> None:
 
 
 def different_scalars() -> None:
-    scales = [lambda shape: 1.0, learning_rate_scale]
+    scales = [lambda rows, cols: 1.0, max]
     for settings in (
         {"lr": [0.1, 0.2]},
         {"momentum": [0.9, 0.8]},
@@ -457,3 +460,179 @@ def fewer_matrices_than_were_planned() -> None:
 
 def test_steps_of_some_matrices_keep_to_the_cap_too(ranks: RankPool) -> None:
     ranks.run(2, fewer_matrices_than_were_planned)
+
+
+def disagreement_after_the_first_step(change: str) -> str:
+    """The error of a step before which one rank alone has changed something."""
+    named = sharded([torch.ones(6, 8)])
+    optimizer = FlashMuon(with_gradients(named), lr=0.1)
+    optimizer.step()
+    before = [p.detach().clone() for _, p in named]
+    momenta = [optimizer.state[p]["momentum_buffer"].clone() for _, p in named]
+    saved = copy.deepcopy(optimizer.state_dict())
+    if dist.get_rank() == 1:
+        (group,) = optimizer.param_groups
+        if change == "lr":
+            group["lr"] = 0.2
+        elif change == "negative":
+            group["lr"] = -1.0
+        elif change == "betas":
+            group["betas"] = (0.8, 0.95)
+        elif change == "coefficients":
+            group["ns_coefficients"] = KELLER
+        elif change == "rule":
+            group["update_rule"] = "normuon"
+        elif change == "function":
+            group["adjust_lr_fn"] = lambda shape: 1.0
+        elif change == "group":
+            optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(3, 3)))]})
+        else:
+            optimizer.load_state_dict(saved)
+    message = ""
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        message = str(error)
+        for (_, p), old, momentum in zip(named, before, momenta, strict=True):
+            assert torch.equal(p.detach().to_local(), old.to_local())
+            assert torch.equal(
+                optimizer.state[p]["momentum_buffer"].to_local(), momentum.to_local()
+            )
+        with pytest.raises((RuntimeError, ValueError)):  # again, and nobody waits
+            optimizer.step()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "on_one", "on_other"),
+    [
+        ("lr", "ranks [1] disagree", "ranks [1] disagree"),
+        ("betas", "ranks [1] disagree", "ranks [1] disagree"),
+        ("coefficients", "ranks [1] disagree", "ranks [1] disagree"),
+        ("negative", "lr=-1.0", "ranks [1] disagree"),
+        ("rule", "its update_rule was 'muon'", "rank 1 cannot step"),
+        ("function", "adjust_lr_fn(6, 8) failed", "ranks [1] disagree"),
+        ("group", "ranks [1] disagree", "ranks [1] disagree"),
+        ("loaded", "", ""),
+    ],
+)
+def test_what_one_rank_changes_later_is_an_error_on_all(
+    ranks: RankPool, change: str, on_one: str, on_other: str
+) -> None:
+    others, one = ranks.run(2, disagreement_after_the_first_step, change)
+    assert on_one in one
+    assert on_other in others
+    assert bool(one) == bool(on_one)
+
+
+def errors_in_one_group(kind: str) -> str:
+    """Four ranks, two pairs with a matrix each, and one tensor that all have."""
+    rank = dist.get_rank()
+    first = rank // 2 * 2
+    mesh = init_device_mesh(rank_device().type, (2, 2), mesh_dim_names=("other", "pair"))["pair"]
+    local = distribute_tensor(
+        torch.ones(6, 8).to(rank_device()), mesh, [Shard(0)], src_data_rank=None
+    )
+    pair = nn.Parameter(local)
+    plain = nn.Parameter(torch.ones(4, 4, device=rank_device()))
+    matrices: dict[str, Any] = {"params": [(f"of {first}", pair)]}
+    if rank == 1 and kind == "setting":
+        matrices["nesterov"] = False
+    optimizer = FlashMuon([matrices, {"params": [("plain", plain)]}])
+    if rank == 1 and kind == "value":
+        optimizer.param_groups[0]["lr"] = -1.0
+    if rank == 1 and kind == "shard":
+        pair._local_tensor = pair._local_tensor[:1]
+    pair.grad, plain.grad = torch.ones_like(pair), torch.ones_like(plain)
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("setting", "ranks [1] disagree"),
+        ("value", "lr=-1.0"),
+        ("shard", "its placements"),
+    ],
+)
+def test_setups_that_are_wrong_are_errors_on_all_ranks(
+    ranks: RankPool, kind: str, expected: str
+) -> None:
+    messages = ranks.run(4, errors_in_one_group, kind)
+    assert expected in messages[1]
+    assert all(messages)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda shape: 1.0, lambda n, m: None, lambda n, m: float("nan"), lambda n, m: -1.0],
+)
+def test_a_learning_rate_scale_that_fails_changes_nothing(function: Any) -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.ones(3, 4)
+    optimizer = FlashMuon([param], adjust_lr_fn=function)
+    with pytest.raises(ValueError, match=r"adjust_lr_fn\(3, 4\)"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3, 4))
+    assert float(optimizer.state[param]["step"]) == 0
+    assert not optimizer.state[param]["momentum_buffer"].any()
+
+
+def test_parameters_may_be_replaced_or_moved_before_the_first_step() -> None:
+    """As accelerate does for FSDP2."""
+    start = torch.arange(12.0).view(3, 4).sin()
+    expected = nn.Parameter(start.clone())
+    expected.grad = torch.ones(3, 4)
+    FlashMuon([expected]).step()
+
+    old, new = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(start.clone())
+    optimizer = FlashMuon([old])
+    optimizer.param_groups[0]["params"] = [new]
+    new.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(new, expected)
+    assert set(optimizer.state) == {new}
+
+    layer = nn.Linear(4, 3, bias=False, device="meta")
+    optimizer = FlashMuon(layer.named_parameters())
+    layer.to_empty(device="cpu")  # makes new parameters
+    layer.weight.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    with torch.no_grad():
+        layer.weight.copy_(start)
+    optimizer.step()
+    assert torch.equal(layer.weight, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_may_move_before_the_first_step() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    optimizer = FlashMuon(layer.parameters())
+    layer.cuda()
+    layer.weight.grad = torch.ones(3, 4, device="cuda")
+    optimizer.step()
+    assert optimizer.state[layer.weight]["momentum_buffer"].is_cuda
+
+
+def test_the_list_of_parameters_is_followed() -> None:
+    one, two = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    optimizer = FlashMuon([one, two])
+    for param in (one, two):
+        param.grad = torch.ones(3, 4)
+    optimizer.step()
+    kept = two.detach().clone()
+    optimizer.param_groups[0]["params"] = [one]
+    before = one.detach().clone()
+    optimizer.step()
+    assert torch.equal(two, kept)
+    assert not torch.equal(one, before)
+    optimizer.param_groups[0]["params"].append(two)
+    optimizer.step()
+    assert not torch.equal(two, kept)

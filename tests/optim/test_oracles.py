@@ -151,7 +151,7 @@ def test_low_precision_auxiliary_parameters_keep_fp32_moments() -> None:
         ("match_rms_adamw", lambda n, m: 0.2 * sqrt(max(n, m))),
         ("spectral", lambda n, m: sqrt(n / m)),
         ("none", lambda n, m: 1.0),
-        (lambda shape: 3.0 / shape[1], lambda n, m: 3.0 / m),
+        (lambda rows, cols: 3.0 / cols, lambda n, m: 3.0 / m),
     ],
 )
 def test_one_step_moves_along_the_scaled_polar_factor(adjust_lr_fn: object, factor: object) -> None:

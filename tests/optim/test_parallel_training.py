@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flashns_dist import ExchangeOptions, FlashMuon, parameter_groups
 from flashns_dist.layout import Equal
+from flashns_dist.orthogonalize import POLAR_EXPRESS
 from flashns_dist.testing.pool import RankPool, rank_device
 
 VOCABULARY, WIDTH = 23, 20
@@ -355,3 +360,57 @@ def test_a_checkpoint_without_views_keeps_them() -> None:
     optimizer = FlashMuon([{"params": [param], "matrix_view": Equal(2)}])
     optimizer.load_state_dict(FlashMuon([param]).state_dict())
     assert optimizer.param_groups[0]["matrix_view"] == Equal(2)
+
+
+def test_names_and_views_are_the_models_not_the_checkpoints() -> None:
+    """A wrapper (DDP, torch.compile) gives every parameter another name."""
+    found = []
+    for prefix in ("", "module.", "_orig_mod."):
+        param = nn.Parameter(torch.arange(48.0).view(8, 6).cos())
+        name = prefix + "w"
+        optimizer = FlashMuon([{"params": [(name, param)], "matrix_view": {name: Equal(2)}}])
+        if found:
+            param.data.copy_(found[0][0])
+            optimizer.load_state_dict(found[0][1])
+            assert optimizer.param_groups[0]["param_names"] == [name]
+        else:
+            stepped(optimizer)
+            found.append((param.detach().clone(), copy.deepcopy(optimizer.state_dict())))
+        param.grad = torch.arange(48.0).view(8, 6).sin()
+        optimizer.step()
+        found.append(param.detach().clone())
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"matrix_view": Equal(2)},
+        {"adjust_lr_fn": lambda rows, cols: 0.5},
+        {"ns_dtype": torch.float32},
+        {"ns_coefficients": POLAR_EXPRESS},
+        {"update_rule": "normuon", "matrix_view": Equal(2)},
+    ],
+)
+def test_flattened_state_dicts_load(settings: dict[str, Any]) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def make() -> tuple[nn.Module, FlashMuon]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 8, bias=False)
+        return model, FlashMuon([{"params": list(model.parameters()), **settings}], lr=0.3)
+
+    model, optimizer = make()
+    stepped(optimizer)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    other, resumed = make()
+    resumed.param_groups[0]["lr"] = 0.1
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    assert resumed.param_groups[0]["lr"] == 0.3
+    for key, value in settings.items():
+        assert resumed.param_groups[0][key] == value
+    stepped(optimizer)
+    stepped(resumed)
+    assert torch.equal(model.weight, other.weight)

@@ -288,6 +288,6 @@ def test_state_dicts_hold_no_views() -> None:
     param = nn.Parameter(torch.ones(8, 4))
     optimizer = FlashMuon([{"params": [("w", param)], "matrix_view": {"w": Equal(2)}}])
     state = optimizer.state_dict()
-    assert "matrix_view" not in state["param_groups"][0]
+    assert isinstance(state["param_groups"][0]["matrix_view"], str)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["matrix_view"] == {"w": Equal(2)}
