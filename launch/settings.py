@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,32 @@ from launch.optimizers import DEFAULT_LR, NAMES, OptimizerConfig
 
 # What belongs to the machine and not to the run: a resumed run may choose it anew.
 _OF_THE_MACHINE = frozenset({"resume", "runs", "name", "mesh", "device", "threads", "stop_after"})
+
+# The least and the most that makes sense.
+_COUNT, _FROM_ZERO, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "threads": _COUNT,
+    "checkpoint_every": _FROM_ZERO,
+    "stop_after": _COUNT,
+    "lr": _FROM_ZERO,
+    "aux_lr": _FROM_ZERO,
+    "weight_decay": _FROM_ZERO,
+    "momentum": _SHARE,
+    "clip": _FROM_ZERO,
+    "steps": _COUNT,
+    "warmup": _FROM_ZERO,
+    "cooldown": _SHARE,
+    "batch_size": _COUNT,
+    "accumulate": _COUNT,
+    "eval_every": _COUNT,
+    "eval_batches": _COUNT,
+    "seq_len": _COUNT,
+    "dim": _COUNT,
+    "layers": _COUNT,
+    "heads": _COUNT,
+    "kv_heads": _COUNT,
+    "hidden_dim": _COUNT,
+}
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,9 +54,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         saved = saved_settings(first.resume)
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in _OF_THE_MACHINE})
     settings = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_every", "eval_batches"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    _check_bounds(parser, settings)
     return settings
 
 
@@ -57,6 +82,19 @@ def optimizer_config(settings: argparse.Namespace) -> OptimizerConfig:
         method=settings.method,
         ns_dtype=settings.ns_dtype,
     )
+
+
+def _check_bounds(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(settings, name)
+        # NaN is not within any bounds.
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            parser.error(f"{_option(name)} {value}: it must be {limit}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
