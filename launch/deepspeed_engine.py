@@ -19,6 +19,24 @@ from launch.optimizers import DEFAULT_LR, OptimizerConfig
 from launch.stopwatch import Stopwatch
 from launch.world import World
 
+OF_THE_CONFIG = {
+    "optimizer": (
+        "optimizer",
+        "method",
+        "ns_dtype",
+        "lr",
+        "aux_lr",
+        "weight_decay",
+        "momentum",
+    ),
+    "gradient_clipping": ("clip",),
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "torch_autocast": ("dtype",),
+}
+"""Keys of a config, and the settings that each decides instead of the command line."""
+
+_PRECISIONS = OF_THE_CONFIG.keys() - {"optimizer", "gradient_clipping"}
 _TAG = "deepspeed"
 
 
@@ -66,7 +84,7 @@ class DeepSpeedEngine:
             )
         settings.setdefault("optimizer", _optimizer(optimizer))
         settings.setdefault("gradient_clipping", clip)
-        if dtype == torch.bfloat16 and not {"bf16", "fp16", "torch_autocast"} & settings.keys():
+        if dtype == torch.bfloat16 and not _PRECISIONS & settings.keys():
             settings["bf16"] = {"enabled": True}
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
         settings["gradient_accumulation_steps"] = num_parts
@@ -160,7 +178,10 @@ def _optimizer(config: OptimizerConfig) -> dict[str, Any]:
             "weight_decay": config.weight_decay,
             "momentum": config.momentum,
             "betas": list(config.betas),
+            "ns_dtype": config.ns_dtype,
         }
+        if config.method != "auto":  # which in a config means that something is to fill it in
+            params["method"] = config.method
         return {"type": "FlashMuon", "params": params}
     if config.name == "adamw":
         params = {"lr": lr, "weight_decay": config.weight_decay, "betas": list(config.betas)}

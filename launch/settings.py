@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.deepspeed_engine import OF_THE_CONFIG
 from launch.model import SIZES
 from launch.optimizers import DEFAULT_LR, NAMES, OptimizerConfig
 
@@ -55,6 +56,10 @@ def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in _OF_THE_MACHINE})
     settings = parser.parse_args(arguments)
     _check_bounds(parser, settings)
+    # argparse leaves what has a value already, so this one gets no defaults.
+    bare = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(settings))))
+    given = {name for name, value in vars(bare).items() if value is not None}
+    _check_engine(parser, settings, given)
     return settings
 
 
@@ -69,6 +74,12 @@ def saved_settings(resume: Path) -> dict[str, Any]:
         f"--resume {resume}: no settings.json there, so it is no run of this program. "
         "Give a folder like runs/NAME or runs/NAME/checkpoints/step-000100."
     )
+
+
+def optimizer_name(settings: argparse.Namespace) -> str:
+    """Return the name of what trains: `--optimizer`, or the type in `--deepspeed-config`."""
+    section = _deepspeed_config(settings).get("optimizer", {})
+    return str(section.get("type", settings.optimizer)).lower()
 
 
 def optimizer_config(settings: argparse.Namespace) -> OptimizerConfig:
@@ -91,6 +102,41 @@ def _check_bounds(parser: argparse.ArgumentParser, settings: argparse.Namespace)
         if value is not None and not least <= value <= most:
             limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             parser.error(f"{_option(name)} {value}: it must be {limit}")
+
+
+def _check_engine(
+    parser: argparse.ArgumentParser, settings: argparse.Namespace, given: set[str]
+) -> None:
+    """Refuse what was given on the command line and would have no effect."""
+    path = settings.deepspeed_config
+    if settings.engine != "deepspeed":
+        if "deepspeed_config" in given:
+            parser.error(
+                f"--deepspeed-config {path}: --engine {settings.engine} does not read it. "
+                "Add --engine deepspeed, or leave it out."
+            )
+        return
+    if "compile" in given:
+        parser.error("--compile: --engine deepspeed does not compile the blocks. Leave it out.")
+    try:
+        config = _deepspeed_config(settings)
+    except (OSError, ValueError) as error:
+        parser.error(f"--deepspeed-config {path}: {error}")
+    for key, names in OF_THE_CONFIG.items():
+        for name in names:
+            if key in config and name in given:
+                parser.error(
+                    f'{_option(name)} {getattr(settings, name)}: the "{key}" of '
+                    f"--deepspeed-config {path} decides it. Leave one of them out."
+                )
+
+
+def _deepspeed_config(settings: argparse.Namespace) -> dict[str, Any]:
+    """Read the config of `--engine deepspeed`; empty if there is none."""
+    if settings.engine != "deepspeed" or settings.deepspeed_config is None:
+        return {}
+    config: dict[str, Any] = json.loads(settings.deepspeed_config.read_text())
+    return config
 
 
 def _option(name: str) -> str:
@@ -140,7 +186,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--device", choices=["cpu", "cuda"], help="cuda if there is a GPU for each process")
     add("--dtype", choices=["float32", "bfloat16"], help="of the passes; bfloat16 on cuda")
     add("--threads", type=int, metavar="N", help="CPU threads per process; shares the cores")
-    add("--compile", action="store_true", help="torch.compile each block")
+    add("--compile", action="store_true", help="torch.compile each block; --engine torch")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and the batches")
     add("--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0: at the end alone")
     add("--stop-after", type=int, metavar="N", help="end at this step, as if interrupted")

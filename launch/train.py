@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 from launch.checkpoint import checkpoint_step, describe_checkpoint, find_checkpoint
 from launch.data import Dataset, load_dataset
+from launch.deepspeed_engine import DeepSpeedEngine
 from launch.engine import Batch, Engine, TorchEngine
 from launch.mesh import MeshSpec, parse_mesh
 from launch.model import SIZES, ModelConfig, Transformer
@@ -38,7 +39,7 @@ from launch.progress import Progress
 from launch.record import Record
 from launch.report import RunFacts, plot_losses, summarize
 from launch.schedule import learning_rate_factor
-from launch.settings import optimizer_config, read_settings
+from launch.settings import optimizer_config, optimizer_name, read_settings
 from launch.world import World, joined_world, leave_process
 
 
@@ -48,6 +49,7 @@ class TrainingRun:
     def __init__(self, settings: argparse.Namespace, world: World) -> None:
         self.settings = settings
         self.world = world
+        self.optimizer_name = optimizer_name(settings)
         self.mesh = _mesh(settings, world)
         self.dataset = load_dataset(settings.data)
         self.dataset.check(settings.seq_len)
@@ -61,7 +63,7 @@ class TrainingRun:
             self.first_step = checkpoint_step(checkpoint, self.model_config)
         model = Transformer(self.model_config, seed=settings.seed)
         self.facts = self._facts(model.num_parameters())
-        if world.is_first and settings.optimizer == "flashmuon":
+        if world.is_first and self.optimizer_name == "flashmuon":
             print(parameter_table(model), end="\n\n", file=sys.stderr, flush=True)
         self.engine = self._engine(model)
         if checkpoint is not None:
@@ -110,8 +112,6 @@ class TrainingRun:
         settings = self.settings
         optimizer, dtype = optimizer_config(settings), _dtype(settings, self.world)
         if settings.engine == "deepspeed":
-            from launch.deepspeed_engine import DeepSpeedEngine
-
             return DeepSpeedEngine(
                 model,
                 world=self.world,
@@ -201,7 +201,7 @@ class TrainingRun:
         settings, config = self.settings, self.model_config
         noun = "process" if self.world.size == 1 else "processes"
         return RunFacts(
-            optimizer=settings.optimizer,
+            optimizer=self.optimizer_name,
             mesh="DeepSpeed" if settings.engine == "deepspeed" else str(self.mesh),
             device=f"{self.world.size} {noun}, {self.world.device.type}",
             data=self.dataset.description,
@@ -270,7 +270,7 @@ def _run_folder(settings: argparse.Namespace, world: World) -> Path:
     if settings.name is None and settings.resume is not None:
         resume: Path = settings.resume
         return resume.parent.parent if (resume / "run.json").is_file() else resume
-    name = settings.name or world.agree(time.strftime("%Y%m%d-%H%M%S-") + settings.optimizer)
+    name = settings.name or world.agree(time.strftime("%Y%m%d-%H%M%S-") + optimizer_name(settings))
     folder: Path = settings.runs / name
     exists = world.agree(str((folder / "log.jsonl").exists()))
     if exists == "True":

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flashns_dist.testing.pool import RankPool
 from launch.bench import deepspeed_step
 from launch.record import read_record
-from launch.train import main
+from launch.settings import read_settings
+from launch.train import TrainingRun, main
+from launch.world import joined_world
 from tests.integrations.deepspeed_training import deepspeed_ready
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
@@ -51,6 +54,21 @@ def test_the_main_job_trains_alike_on_deepspeed_and_resumes(
     ranks.run(2, train, [*common, "zero", *zero, "--stop-after", str(STEPS // 2)])
     ranks.run(2, train, ["--resume", str(tmp_path / "zero"), "--runs", str(tmp_path)])
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "torch"), abs=TOLERANCE)
+
+
+def check_orthogonalization(arguments: list[str], method: str, dtype: torch.dtype | None) -> None:
+    settings = read_settings(arguments)
+    with deepspeed_ready(), joined_world(None, None) as world:
+        groups = TrainingRun(settings, world).engine.engine.optimizer.param_groups
+    assert {group["method"] for group in groups} == {method}
+    assert {group["ns_dtype"] for group in groups} == {dtype}
+
+
+def test_how_to_orthogonalize_reaches_flashmuon(ranks: RankPool, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--runs", str(tmp_path), "--engine", "deepspeed", "--name"]
+    ranks.run(2, check_orthogonalization, [*arguments, "default"], "auto", None)
+    given = [*arguments, "given", "--method", "gram", "--ns-dtype", "bfloat16"]
+    ranks.run(2, check_orthogonalization, given, "gram", torch.bfloat16)
 
 
 def refuse(arguments: list[str]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from launch.settings import read_settings
+from launch.settings import optimizer_name, read_settings
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -40,3 +44,67 @@ def test_the_limits_themselves_are_taken():
     settings = read_settings(text.split())
     assert (settings.clip, settings.warmup, settings.cooldown) == (0, 0, 1)
     assert read_settings(["--cooldown", "0"]).lr is None
+
+
+def deepspeed(folder: Path, **config: Any) -> list[str]:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return ["--engine", "deepspeed", "--deepspeed-config", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "key"),
+    [
+        ("--optimizer", "flashmuon", "optimizer"),
+        ("--method", "gram", "optimizer"),
+        ("--ns-dtype", "float32", "optimizer"),
+        ("--lr", "0.02", "optimizer"),
+        ("--aux-lr", "0.01", "optimizer"),
+        ("--weight-decay", "0.1", "optimizer"),
+        ("--momentum", "0.95", "optimizer"),
+        ("--clip", "1.0", "gradient_clipping"),
+        ("--dtype", "float32", "bf16"),
+        ("--dtype", "bfloat16", "fp16"),
+        ("--dtype", "bfloat16", "torch_autocast"),
+    ],
+)
+def test_an_option_that_the_deepspeed_config_decides_is_refused(
+    option, value, key, tmp_path, capsys
+):
+    """Even where it is the default's value: whoever gives an option expects it to count."""
+    arguments = deepspeed(tmp_path, **{key: {}})
+    read_settings(arguments)
+    message = refused([*arguments, option, value], capsys)
+    assert message.startswith(f'{option} {value}: the "{key}" of --deepspeed-config {tmp_path}')
+    read_settings([*deepspeed(tmp_path, steps_per_print=1), option, value])
+
+
+def test_a_resumed_runs_settings_do_not_count_as_given(tmp_path, capsys):
+    """Its config may have got an optimizer since, or an older train.py ignored the options."""
+    arguments = deepspeed(tmp_path, optimizer={"type": "AdamW"}, gradient_clipping=2.0)
+    saved = vars(read_settings(arguments)) | {"lr": 0.5, "clip": 3.0, "compile": True}
+    (tmp_path / "settings.json").write_text(json.dumps(saved, default=str))
+    resumed = read_settings(["--resume", str(tmp_path)])
+    assert (resumed.engine, resumed.lr) == ("deepspeed", 0.5)
+    assert "--lr 0.1: " in refused(["--resume", str(tmp_path), "--lr", "0.1"], capsys)
+
+
+def test_options_that_mean_nothing_with_the_engine_are_refused(tmp_path, capsys):
+    message = refused(["--engine", "deepspeed", "--compile"], capsys)
+    assert message.startswith("--compile: --engine deepspeed does not")
+    path = tmp_path / "config.json"
+    for engine in ([], ["--engine", "torch"]):
+        message = refused([*engine, "--deepspeed-config", str(path)], capsys)
+        assert message.startswith(f"--deepspeed-config {path}: --engine torch does not read it")
+    arguments = ["--engine", "deepspeed", "--deepspeed-config", str(path)]
+    assert "No such file" in refused(arguments, capsys)
+    path.write_text("{")
+    assert refused(arguments, capsys).startswith(f"--deepspeed-config {path}: Expecting")
+
+
+def test_the_optimizers_name_is_that_of_the_deepspeed_config(tmp_path):
+    """Reports and checkpoints say what trains."""
+    section = {"type": "OneBitAdam", "params": {}}
+    assert optimizer_name(read_settings(deepspeed(tmp_path, optimizer=section))) == "onebitadam"
+    assert optimizer_name(read_settings(deepspeed(tmp_path))) == "flashmuon"
+    assert optimizer_name(read_settings(["--optimizer", "adamw"])) == "adamw"
