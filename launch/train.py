@@ -55,12 +55,14 @@ class TrainingRun:
         self.dataset.check(settings.seq_len)
         self.model_config = _model_config(settings, self.dataset)
         self._parts = _batch_parts(settings, self.mesh, world)
-        self.folder = _run_folder(settings, world)
         self.first_step = 0
+        self.end = min(settings.stop_after or settings.steps, settings.steps)
         checkpoint = None
         if settings.resume is not None:
             checkpoint = find_checkpoint(settings.resume)
             self.first_step = checkpoint_step(checkpoint, self.model_config)
+            self._check_steps_left(checkpoint)
+        self.folder = _run_folder(settings, world)
         model = Transformer(self.model_config, seed=settings.seed)
         self.facts = self._facts(model.num_parameters())
         if world.is_first and self.optimizer_name == "flashmuon":
@@ -74,21 +76,20 @@ class TrainingRun:
     def train(self) -> None:
         """Run all steps, with evaluations and checkpoints between them."""
         settings = self.settings
-        last = min(settings.stop_after or settings.steps, settings.steps)
         if self.world.is_first:
             text = json.dumps(vars(settings) | {"resume": None}, indent=2, default=str)
             (self.folder / "settings.json").write_text(text)
         progress = Progress(settings.steps, self.first_step, shown=self.world.is_first)
-        for step in range(self.first_step, last):
+        for step in range(self.first_step, self.end):
             if step % settings.eval_every == 0:
                 progress.validation(self._evaluate(step))
             self._step(step, progress)
             finished = step + 1
             every = settings.checkpoint_every
-            if finished == last or (every and finished % every == 0):
+            if finished == self.end or (every and finished % every == 0):
                 self._save(finished)
-        if last == settings.steps:
-            self._evaluate(last)
+        if self.end == settings.steps:
+            self._evaluate(self.end)
         progress.close()
 
     def report(self) -> None:
@@ -107,6 +108,15 @@ class TrainingRun:
         text = summarize(record, self.facts, files)
         files["this summary"].write_text(text + "\n")
         print(f"\n{text}", flush=True)
+
+    def _check_steps_left(self, checkpoint: Path) -> None:
+        if self.first_step >= self.end:
+            option = "--stop-after" if self.end < self.settings.steps else "--steps"
+            raise ValueError(
+                f"--resume {self.settings.resume}: {checkpoint} is at step {self.first_step}, and "
+                f"{option} {self.end} ends the run there or before. Give a larger {option}, or an "
+                "earlier checkpoint."
+            )
 
     def _engine(self, model: Transformer) -> Engine:
         settings = self.settings

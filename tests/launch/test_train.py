@@ -225,6 +225,33 @@ def test_bad_arguments_are_refused_with_the_reason(launcher, single, extra, erro
     assert not (launcher.folder / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("step", "extra", "message"),
+    [
+        (STEPS, [], f"step-0000{STEPS} is at step {STEPS}, and --steps {STEPS} ends the run"),
+        (STEPS, ["--steps", "8"], "--steps 8 ends the run there or before. Give a larger --steps"),
+        (HALF, ["--stop-after", str(HALF)], f"step {HALF}, and --stop-after {HALF} ends the run"),
+    ],
+)
+def test_resume_of_a_run_without_steps_left_changes_nothing(launcher, single, step, extra, message):
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in launcher.folder.rglob("*") if path.is_file()}
+
+    before = files()
+    source = single if step == STEPS else checkpoint(single, step)
+    for name in (None, "nothing-left"):
+        with pytest.raises(ValueError, match=message):
+            launcher.resume(source, *extra, name=name)
+    assert files() == before
+    assert not (launcher.folder / "nothing-left").exists()
+
+
+def test_resume_of_a_finished_run_goes_on_with_more_steps(launcher, single):
+    resumed = launcher.resume(single, "--steps", str(STEPS + 2), name="longer")
+    lines = read_record(resumed / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [STEPS, STEPS + 1]
+
+
 def test_resume_of_another_model_is_refused(launcher, single):
     with pytest.raises(ValueError, match="num_layers=3, and this run has 2"):
         launcher.resume(checkpoint(single, HALF), "--layers", "2", name="other-model")
