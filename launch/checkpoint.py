@@ -37,10 +37,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
 
 
-def describe_checkpoint(path: Path, step: int, config: ModelConfig) -> None:
-    """Write beside a checkpoint how far it is and which model it holds. One rank calls it."""
+def describe_checkpoint(
+    path: Path, step: int, config: ModelConfig, *, engine: str, optimizer: str
+) -> None:
+    """Write beside a checkpoint how far it is, what wrote it and its model. One rank calls it."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "run.json").write_text(json.dumps({"step": step, "model": asdict(config)}, indent=2))
+    described = {"step": step, "engine": engine, "optimizer": optimizer, "model": asdict(config)}
+    (path / "run.json").write_text(json.dumps(described, indent=2))
 
 
 def find_checkpoint(resume: Path) -> Path:
@@ -59,13 +62,27 @@ def find_checkpoint(resume: Path) -> Path:
     )
 
 
-def checkpoint_step(path: Path, config: ModelConfig) -> int:
+def checkpoint_step(path: Path, config: ModelConfig, *, engine: str, optimizer: str) -> int:
     """Return the step that a checkpoint continues at.
 
     Raises:
-        ValueError: It holds a model of another shape.
+        ValueError: It is of another engine or optimizer, or holds a model of another shape.
     """
     described = json.loads((path / "run.json").read_text())
+    # Older ones name neither.
+    theirs = described.get("engine", engine)
+    if theirs != engine:
+        raise ValueError(
+            f"{path}: the checkpoint is of --engine {theirs}, and --engine {engine} cannot read "
+            f"it. Resume with --engine {theirs}, or start a new run without --resume."
+        )
+    theirs = described.get("optimizer", optimizer)
+    if theirs != optimizer:
+        raise ValueError(
+            f"{path}: the checkpoint holds the state of the optimizer {theirs}, and this run has "
+            f"{optimizer}. Resume with --optimizer {theirs} (or that type in --deepspeed-config), "
+            "or start a new run without --resume."
+        )
     mine = asdict(config)
     for name, value in described["model"].items():
         if mine.get(name) != value:

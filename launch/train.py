@@ -60,7 +60,12 @@ class TrainingRun:
         checkpoint = None
         if settings.resume is not None:
             checkpoint = find_checkpoint(settings.resume)
-            self.first_step = checkpoint_step(checkpoint, self.model_config)
+            self.first_step = checkpoint_step(
+                checkpoint,
+                self.model_config,
+                engine=settings.engine,
+                optimizer=self.optimizer_name,
+            )
             self._check_steps_left(checkpoint)
         self.folder = _run_folder(settings, world)
         model = Transformer(self.model_config, seed=settings.seed)
@@ -203,7 +208,13 @@ class TrainingRun:
     def _save(self, step: int) -> None:
         path = self.folder / "checkpoints" / f"step-{step:06d}"
         if self.world.is_first:
-            describe_checkpoint(path, step, self.model_config)
+            describe_checkpoint(
+                path,
+                step,
+                self.model_config,
+                engine=self.settings.engine,
+                optimizer=self.optimizer_name,
+            )
         self.world.barrier()
         self.engine.save(path)
 

@@ -33,6 +33,11 @@ def train(arguments: list[str]) -> None:
         main(arguments)
 
 
+def refuse(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(arguments)
+
+
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_record(run / "log.jsonl") if "loss" in line]
 
@@ -52,7 +57,15 @@ def test_the_main_job_trains_alike_on_deepspeed_and_resumes(
     ranks.run(2, train, [*common, "torch"])
     zero = ["--engine", "deepspeed", "--accumulate", "2"]
     ranks.run(2, train, [*common, "zero", *zero, "--stop-after", str(STEPS // 2)])
-    ranks.run(2, train, ["--resume", str(tmp_path / "zero"), "--runs", str(tmp_path)])
+    resume = ["--resume", str(tmp_path / "zero"), "--runs", str(tmp_path)]
+    adamw = write_config(tmp_path, optimizer={"type": "AdamW", "params": {"torch_adam": True}})
+    for extra, message in [
+        (["--engine", "torch"], "Resume with --engine deepspeed"),
+        (["--optimizer", "adamw"], "Resume with --optimizer flashmuon"),
+        (["--deepspeed-config", adamw], "flashmuon, and this run has adamw"),
+    ]:
+        ranks.run(2, refuse, [*resume, *extra], message)
+    ranks.run(2, train, resume)
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "torch"), abs=TOLERANCE)
 
 
@@ -71,17 +84,13 @@ def test_how_to_orthogonalize_reaches_flashmuon(ranks: RankPool, tmp_path: Path)
     ranks.run(2, check_orthogonalization, given, "gram", torch.bfloat16)
 
 
-def refuse(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="it has a scheduler"):
-        train(arguments)
-
-
 def test_a_scheduler_in_the_config_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     """Its first learning rate, often 0, would have been that of the whole run."""
     warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02}}
     path = write_config(tmp_path, scheduler=warmup)
     arguments = [*SMALL, "--runs", str(tmp_path), "--name", "run"]
-    ranks.run(2, refuse, [*arguments, "--engine", "deepspeed", "--deepspeed-config", path])
+    arguments += ["--engine", "deepspeed", "--deepspeed-config", path]
+    ranks.run(2, refuse, arguments, "it has a scheduler")
 
 
 def measure(arguments: list[str]) -> None:

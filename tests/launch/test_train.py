@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,27 @@ def test_resume_of_another_model_is_refused(launcher, single):
         launcher.resume(checkpoint(single, HALF), "--layers", "2", name="other-model")
     with pytest.raises(SystemExit, match=r"no settings\.json"):
         launcher.resume(launcher.folder / "missing", name="missing")
+
+
+def test_resume_with_another_engine_or_optimizer_is_refused(launcher, single):
+    for extra, message in [
+        (["--engine", "deepspeed"], "of --engine torch, .* Resume with --engine torch"),
+        (["--optimizer", "adamw"], "flashmuon, and this run has adamw. Resume with --optimizer f"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            launcher.resume(checkpoint(single, HALF), *extra, name="another")
+    assert not (launcher.folder / "another").exists()
+
+
+def test_a_checkpoint_that_names_no_engine_and_optimizer_resumes(launcher, single, tmp_path):
+    """As older ones do not."""
+    run = shutil.copytree(single, tmp_path / "old")
+    path = checkpoint(run, HALF) / "run.json"
+    described = json.loads(path.read_text())
+    assert (described.pop("engine"), described.pop("optimizer")) == ("torch", "flashmuon")
+    path.write_text(json.dumps(described))
+    resumed = launcher.resume(checkpoint(run, HALF), name="from-old")
+    assert losses(resumed) == losses(single)[HALF:]
 
 
 def test_torchrun_starts_the_job_from_the_command_line(tmp_path):
