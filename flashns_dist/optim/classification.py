@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,8 +88,10 @@ def parameter_groups(
     """Sort a model's trainable parameters into matrices (Muon) and auxiliary ones (AdamW).
 
     Auxiliary are: everything below two dims or with a dim of one (norms, biases, scalars),
-    embeddings, output heads (by name, tied to an embedding, or as wide as one), routers, and
-    convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are orthogonalized.
+    embeddings, output heads (by name, tied to an embedding, or an ``nn.Linear`` with as many
+    outputs as an embedding has rows: where that is a hidden width too, only the one that has them),
+    routers, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
+    orthogonalized.
     Works before and after sharding (DTensors keep their global shape).
 
     Which parts of a fused weight are matrices is found where it is certain: the projections of
@@ -157,7 +160,7 @@ def _decide(
 ) -> list[Decision]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     embedded = {id(m.weight) for m in embeddings}
-    vocabularies = {m.num_embeddings for m in embeddings}
+    widths = _head_widths(model, embeddings)
     decisions: list[Decision] = []
     for module_name, module in model.named_modules():
         for local_name, param in module.named_parameters(recurse=False):
@@ -165,7 +168,7 @@ def _decide(
             if not param.requires_grad or any(d.param is param for d in decisions):
                 continue
             inner = _WRAPPER.sub("", module_name)
-            rule, reason = _classify(inner, module, local_name, param, embedded, vocabularies)
+            rule, reason = _classify(inner, module, local_name, param, embedded, widths)
             view = _find_view(inner, module, local_name, param)
             declared = next((p for p in views if fnmatchcase(name, p)), None)
             if declared is not None:
@@ -184,6 +187,21 @@ def _decide(
                 reason += ", fused by its name: see matrix_views"
             decisions.append(Decision(name, param, rule, reason, view))
     return decisions
+
+
+def _head_widths(
+    model: nn.Module, embeddings: Sequence[nn.Embedding | nn.EmbeddingBag]
+) -> set[int]:
+    """Numbers of outputs that make an nn.Linear a head: those of an embedding's rows.
+
+    There may be as many positions as the model is wide: a hidden width makes a head only of the one
+    nn.Linear that has as many outputs.
+    """
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hidden = {m.in_features for m in linears} | {m.embedding_dim for m in embeddings}
+    outputs = Counter(m.out_features for m in linears)
+    widths = {m.num_embeddings for m in embeddings}
+    return {width for width in widths if width not in hidden or outputs[width] == 1}
 
 
 def _find_view(
@@ -209,7 +227,7 @@ def _classify(
     local_name: str,
     param: Tensor,
     embedded: set[int],
-    vocabularies: set[int],
+    widths: set[int],
 ) -> tuple[str, str]:
     """(update rule, reason) of one parameter."""
     shape = full_shape(param)
@@ -231,6 +249,6 @@ def _classify(
         return "adamw", "router by name"
     if _HEAD.search(full):
         return "adamw", "output head by name"
-    if len(shape) == 2 and isinstance(module, nn.Linear) and shape[0] in vocabularies:
+    if len(shape) == 2 and isinstance(module, nn.Linear) and module.out_features in widths:
         return "adamw", "output head: as wide as an embedding"
     return "muon", "stack of matrices" if len(shape) == 3 else "matrix"

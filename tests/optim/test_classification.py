@@ -50,6 +50,7 @@ class Model(nn.Module):
             self.unnamed.weight = self.tok.weight
 
 
+HEAD = "output head: as wide as an embedding"
 EXPECTED = {
     "tok.weight": ("adamw", "embedding"),
     "pos_emb": ("adamw", "embedding by name"),
@@ -62,7 +63,7 @@ EXPECTED = {
     "layers.1.experts.w1": ("muon", "stack of matrices"),
     "layers.1.scale": ("adamw", "norm or scalar"),
     "layers.1.lora": ("adamw", "a vector in shape"),
-    "unnamed.weight": ("adamw", "output head: as wide as an embedding"),
+    "unnamed.weight": ("adamw", HEAD),
     "lm_head.weight": ("adamw", "output head by name"),
     "lm_head.bias": ("adamw", "bias"),
 }
@@ -101,6 +102,38 @@ def test_tied_weights_are_counted_once_and_auxiliary() -> None:
     names = [d.name for d in parameter_groups(Model(tied=True)).decisions]
     assert "tok.weight" in names
     assert "unnamed.weight" not in names
+
+
+# Embeddings (rows, width), hidden matrices and heads (in, out), of such widths.
+WIDTHS = {
+    "nanoGPT": ([(96, 32), (32, 32)], [(32, 128), (32, 32), (128, 32)], []),
+    "BERT": ([(96, 32), (32, 32), (2, 32)], [(32, 32)] * 4 + [(32, 64), (64, 32)], [(32, 2)]),
+    "T5": ([(96, 32), (32, 4)], [(32, 32)] * 4 + [(32, 64), (64, 32)], [(32, 96)]),
+    "several heads": ([(96, 32)], [(32, 32), (32, 64), (64, 32)], [(32, 96)] * 3),
+    "one head as wide as the model": ([(32, 32)], [(32, 64), (64, 48)], [(48, 32)]),
+}
+
+
+@pytest.mark.parametrize("kind", list(WIDTHS))
+def test_hidden_matrices_as_wide_as_an_embedding_has_rows_are_no_heads(kind: str) -> None:
+    embeddings, hidden, heads = WIDTHS[kind]
+    model = nn.ModuleDict(
+        {
+            "tables": nn.ModuleList([nn.Embedding(*shape) for shape in embeddings]),
+            "hidden": nn.ModuleList([nn.Linear(*shape, bias=False) for shape in hidden]),
+            "last": nn.ModuleList([nn.Linear(*shape, bias=False) for shape in heads]),
+        }
+    )
+    kinds = {"tables": "embedding", "hidden": "matrix", "last": HEAD}
+    found = parameter_groups(model).decisions
+    assert [d.reason for d in found] == [kinds[d.name.split(".")[0]] for d in found]
+
+
+def test_a_tied_head_counts_among_the_matrices_of_its_width() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(8, 8), "down": nn.Linear(16, 8, bias=False)})
+    model["last"] = nn.Linear(8, 8, bias=False)
+    model["last"].weight = model["table"].weight
+    assert [d.update_rule for d in parameter_groups(model).decisions] == ["adamw", "muon"]
 
 
 def test_the_table_counts_layers_together() -> None:
