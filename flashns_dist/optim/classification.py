@@ -87,8 +87,8 @@ def parameter_groups(
 ) -> ParameterGroups:
     """Sort a model's trainable parameters into matrices (Muon) and auxiliary ones (AdamW).
 
-    Auxiliary are: everything below two dims or with a dim of one (norms, biases, scalars),
-    embeddings, output heads (by name, tied to an embedding, or an ``nn.Linear`` with as many
+    Auxiliary are: everything below two dims or with a dim of one (norms, scalars), biases of any
+    shape, embeddings, output heads (by name, tied to an embedding, or an ``nn.Linear`` with as many
     outputs as an embedding has rows: where that is a hidden width too, only the one that has them),
     routers, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
     orthogonalized.
@@ -233,9 +233,10 @@ def _classify(
     shape = full_shape(param)
     if id(param) in embedded:
         return "adamw", "embedding"
+    if local_name.endswith(("bias", "biases", "bias_table")):
+        return "adamw", "bias"
     if len(shape) < 2:
-        kind = "bias" if local_name.endswith("bias") else "norm or scalar"
-        return "adamw", kind
+        return "adamw", "norm or scalar"
     if min(shape[-2:]) == 1:
         return "adamw", "a vector in shape"
     if len(shape) > 3 or isinstance(module, _ConvNd):

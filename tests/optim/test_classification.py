@@ -23,6 +23,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.zeros(4, 16, 32))
+        self.w1_bias = nn.Parameter(torch.zeros(4, 32))
 
 
 class Layer(nn.Module):
@@ -33,6 +34,8 @@ class Layer(nn.Module):
         self.router = Router()
         self.experts = Experts()
         self.scale = nn.Parameter(torch.ones(()))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+        self.attention_biases = nn.Parameter(torch.zeros(4, 9))
         self.lora = nn.Parameter(torch.zeros(16, 1))
 
 
@@ -61,6 +64,9 @@ EXPECTED = {
     "layers.1.gate_proj.bias": ("adamw", "bias"),
     "layers.1.router.weight": ("adamw", "router by name"),
     "layers.1.experts.w1": ("muon", "stack of matrices"),
+    "layers.1.experts.w1_bias": ("adamw", "bias"),
+    "layers.1.relative_position_bias_table": ("adamw", "bias"),
+    "layers.1.attention_biases": ("adamw", "bias"),
     "layers.1.scale": ("adamw", "norm or scalar"),
     "layers.1.lora": ("adamw", "a vector in shape"),
     "unnamed.weight": ("adamw", HEAD),
