@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from flashns_dist.layout import Equal, Flattened, MatrixView, view_blocks
 from flashns_dist.optim.binding import full_shape
@@ -159,15 +160,22 @@ def _decide(
     model: nn.Module, overrides: Mapping[str, str], views: Mapping[str, MatrixView | None]
 ) -> list[Decision]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embedded = {id(m.weight) for m in embeddings}
+    embedded = {
+        id(param)
+        for module in embeddings
+        for name, param in module.named_parameters()
+        if name == "weight" or name.startswith("parametrizations.weight.")
+    }
     widths = _head_widths(model, embeddings)
+    modules = dict(model.named_modules())
     decisions: list[Decision] = []
-    for module_name, module in model.named_modules():
-        for local_name, param in module.named_parameters(recurse=False):
-            name = f"{module_name}.{local_name}" if module_name else local_name
+    for module_name in modules:
+        for stored_name, param in modules[module_name].named_parameters(recurse=False):
+            name = f"{module_name}.{stored_name}" if module_name else stored_name
             if not param.requires_grad or any(d.param is param for d in decisions):
                 continue
-            inner = _WRAPPER.sub("", module_name)
+            owner_name, local_name = _owner(modules, module_name, stored_name)
+            module, inner = modules[owner_name], _WRAPPER.sub("", owner_name)
             rule, reason = _classify(inner, module, local_name, param, embedded, widths)
             view = _find_view(inner, module, local_name, param)
             declared = next((p for p in views if fnmatchcase(name, p)), None)
@@ -187,6 +195,17 @@ def _decide(
                 reason += ", fused by its name: see matrix_views"
             decisions.append(Decision(name, param, rule, reason, view))
     return decisions
+
+
+def _owner(modules: Mapping[str, nn.Module], module_name: str, local_name: str) -> tuple[str, str]:
+    """The name of the module that uses a parameter, and of the parameter there.
+
+    A parametrized ``conv.weight`` is stored as ``conv.parametrizations.weight.original0``, ...
+    """
+    if not isinstance(modules[module_name], ParametrizationList):
+        return module_name, local_name
+    parametrizations, _, local_name = module_name.rpartition(".")
+    return parametrizations.rpartition(".")[0], local_name
 
 
 def _head_widths(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations
 
 from flashns_dist import FlashMuon, parameter_groups
 from flashns_dist.layout import QKV, Equal, Flattened, Sections
@@ -102,6 +104,37 @@ def test_compiled_and_checkpointed_modules_go_where_they_would() -> None:
     assert "output head" in plain["lm_head"]
     assert make(torch.compile) == plain
     assert make(checkpoint_wrapper) == plain
+
+
+PARAMETRIZED = {
+    "table": nn.Embedding(5, 4),
+    "conv": nn.Conv1d(4, 4, 3, groups=2),
+    "lm_head": nn.Linear(4, 6),
+    "last": nn.Linear(4, 5),
+    "norm": nn.Linear(4, 4),
+    "gate_up_proj": nn.Linear(4, 6),
+    "attention": nn.MultiheadAttention(4, 2),
+    "matrix": nn.Linear(4, 4),
+}
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_modules_go_where_they_would(name: str) -> None:
+    def found(model: nn.Module) -> set[tuple[str, ...]]:
+        decisions = parameter_groups(model, overrides={"conv.*weight*": "muon"}).decisions
+        return {
+            (d.name.split(".")[0], d.update_rule, d.reason, str(d.view))
+            for d in decisions
+            if not d.name.endswith("original0")  # the lengths of weight_norm
+        }
+
+    parts = copy.deepcopy(PARAMETRIZED)
+    plain = found(nn.ModuleDict(parts))
+    for key, part in parts.items():
+        tensor = "in_proj_weight" if key == "attention" else "weight"
+        getattr(parametrizations, name)(part, tensor)
+    assert found(nn.ModuleDict(parts)) == plain
+    assert {d.reason for d in parameter_groups(parts["table"]).decisions} == {"embedding"}
 
 
 def test_tied_weights_are_counted_once_and_auxiliary() -> None:
