@@ -18,10 +18,14 @@ from flashns_dist.optim.binding import full_shape
 from flashns_dist.optim.rules import AUXILIARY_RULES, RULES
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|pos_emb\w*|tok_emb\w*)($|[._])")
+_TOKENS = re.compile(r"_tokens?$")
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|head|output|output_layer|unembed\w*|embed_out|classifier|score|logits)$"
+    r"(^|\.)(lm_head|head|output_layer|unembed\w*|embed_out|classifier|score|logits)$"
+    r"|^((?!\d+\.)[^.]+\.)*output$"  # not in a numbered layer
+    r"|^(module\.)?fc$"
 )
-_ROUTER = re.compile(r"(^|\.)(router|gate|gating|wg|score_gate)(\.|$)")
+_ROUTER = re.compile(r"(^|\.)(router|gating|wg|score_gate)(\.|$)")
+_GATE = re.compile(r"(^|\.)gate(\.|$)")
 _GATE_UP = re.compile(r"(^|\.)gate_up_proj$")
 _FUSED = re.compile(
     r"(^|[._])(w?qkv\w*|query_key_value|c_attn|in_proj|kv_b_proj|gate_up\w*|w13)$", re.IGNORECASE
@@ -89,9 +93,10 @@ def parameter_groups(
     """Sort a model's trainable parameters into matrices (Muon) and auxiliary ones (AdamW).
 
     Auxiliary are: everything below two dims or with a dim of one (norms, scalars), biases of any
-    shape, embeddings, output heads (by name, tied to an embedding, or an ``nn.Linear`` with as many
-    outputs as an embedding has rows: where that is a hidden width too, only the one that has them),
-    routers, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
+    shape, embeddings and learned tokens, output heads (by name, tied to an embedding, or an
+    ``nn.Linear`` with as many outputs as an embedding has rows: where that is a hidden width too,
+    only the one that has them), routers (a ``gate`` with fewer rows than columns is one), Mamba's
+    ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
     orthogonalized.
     Works before and after sharding (DTensors keep their global shape).
 
@@ -237,7 +242,8 @@ def _find_view(
 
 
 def _full_name(module_name: str, local_name: str) -> str:
-    return f"{module_name}.{local_name}" if local_name != "weight" else module_name
+    full = f"{module_name}.{local_name}" if local_name != "weight" else module_name
+    return full.lstrip(".")  # of the model itself, or where a wrapper's name was
 
 
 def _classify(
@@ -261,11 +267,13 @@ def _classify(
     if len(shape) > 3 or isinstance(module, _ConvNd):
         return "adamw", "convolution"
     full = _full_name(module_name, local_name)
-    if _EMBEDDING.search(full):
+    if _EMBEDDING.search(full) or _TOKENS.search(local_name):
         return "adamw", "embedding by name"
     if _NORM.search(module_name):
         return "adamw", "norm by name"
-    if _ROUTER.search(full):
+    if local_name == "A_log":
+        return "adamw", "decay by name"
+    if _ROUTER.search(full) or (_GATE.search(full) and shape[-2] < shape[-1]):
         return "adamw", "router by name"
     if _HEAD.search(full):
         return "adamw", "output head by name"

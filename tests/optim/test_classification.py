@@ -87,6 +87,46 @@ def test_each_kind_of_parameter_goes_where_it_belongs() -> None:
     FlashMuon(groups)
 
 
+HEADED, ROUTED, TOKENS = "output head by name", "router by name", "embedding by name"
+NAMES = {
+    "register_tokens": ((4, 8), TOKENS),
+    "encoder.query_tokens": ((1, 4, 8), TOKENS),
+    "encoder.mask_token": ((4, 8), TOKENS),
+    "mlp_tokens.weight": ((4, 8), "matrix"),
+    "layers.0.mixer.A_log": ((16, 4), "decay by name"),
+    "layers.0.mlp.gate.weight": ((4, 8), ROUTED),
+    "layers.0.ffn.gate.weight": ((16, 8), "matrix"),
+    "layers.0.attention.gate.weight": ((8, 8), "matrix"),
+    "layers.0.moe.router.weight": ((16, 8), ROUTED),
+    "layers.0.moe.gating.weight": ((16, 8), ROUTED),
+    "layers.0.moe.gate.wg.weight": ((16, 8), ROUTED),
+    "layers.0.attention.output.weight": ((8, 8), "matrix"),
+    "model.output.weight": ((16, 8), HEADED),
+    "output.weight": ((16, 8), HEADED),
+    "output": ((16, 8), HEADED),
+    "heads.0.head.weight": ((16, 8), HEADED),
+    "fc.weight": ((16, 8), HEADED),
+    "module.fc.weight": ((16, 8), HEADED),
+    "_orig_mod.fc.weight": ((16, 8), HEADED),
+    "_orig_mod.module.fc.weight": ((16, 8), HEADED),
+    "layers.0.fc.weight": ((16, 8), "matrix"),
+    "block.fc.weight": ((16, 8), "matrix"),
+}
+
+
+@pytest.mark.parametrize("name", list(NAMES))
+def test_names_decide(name: str) -> None:
+    shape, reason = NAMES[name]
+    *path, last = name.split(".")
+    module = nn.Module()
+    parameter = nn.Parameter(torch.zeros(shape))
+    module.register_parameter(last, parameter)
+    for part in reversed(path):
+        inner, module = module, nn.Module()
+        module.add_module(part, inner)
+    assert [d.reason for d in parameter_groups(module).decisions] == [reason]
+
+
 def test_compiled_and_checkpointed_modules_go_where_they_would() -> None:
     def make(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, str]:
         parts = {
