@@ -101,8 +101,9 @@ def parameter_groups(
     Works before and after sharding (DTensors keep their global shape).
 
     Which parts of a fused weight are matrices is found where it is certain: the projections of
-    ``nn.MultiheadAttention``, a ``gate_up_proj``, and convolutions where an override makes them
-    matrices. For others the table says that their names look fused: declare them.
+    ``nn.MultiheadAttention``, the gates of ``nn.LSTM`` and ``nn.GRU`` (and their cells), a
+    ``gate_up_proj``, and convolutions where an override makes them matrices. For others the table
+    says that their names look fused: declare them.
 
     Args:
         model: Any module; tied parameters are counted once.
@@ -236,6 +237,11 @@ def _find_view(
         return Flattened(module.groups)
     if isinstance(module, nn.MultiheadAttention) and local_name == "in_proj_weight":
         return Equal(3)
+    if local_name.startswith(("weight_ih", "weight_hh")):
+        if isinstance(module, nn.LSTM | nn.LSTMCell):
+            return Equal(4)
+        if isinstance(module, nn.GRU | nn.GRUCell):
+            return Equal(3)
     if isinstance(module, nn.Linear) and local_name == "weight" and _GATE_UP.search(module_name):
         return Equal(2)
     return None

@@ -295,6 +295,26 @@ def test_views_are_found_where_modules_leave_no_doubt() -> None:
     assert reason == "matrix, fused by its name: see matrix_views"
 
 
+def test_recurrent_weights_are_cut_into_gates() -> None:
+    model = nn.ModuleDict(
+        {
+            "lstm": nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=4),
+            "lstm_cell": nn.LSTMCell(6, 8),
+            "gru": nn.GRU(6, 8, num_layers=2),
+            "gru_cell": nn.GRUCell(6, 8),
+            "rnn": nn.RNN(6, 8),
+        }
+    )
+    gates = {"lstm": Equal(4), "lstm_cell": Equal(4), "gru": Equal(3), "gru_cell": Equal(3)}
+    for decision in parameter_groups(model).decisions:
+        kind, name = decision.name.split(".")
+        if name.startswith("bias"):
+            assert decision.update_rule == "adamw"
+        else:
+            view = None if name.startswith("weight_hr") else gates.get(kind)
+            assert (decision.update_rule, decision.view) == ("muon", view)
+
+
 def test_declared_views_come_first_and_make_matrices() -> None:
     views = {"qkv*": QKV(4, 2), "conv.weight": Flattened(4), "gate_up*": None, "up*": Flattened()}
     found = decisions(matrix_views=views, overrides={"upsample.*": "adamw"})

@@ -238,6 +238,52 @@ def test_convolutions_train_under_fsdp2(ranks: RankPool) -> None:
     ranks.run(3, compare_sharded_convolutions)
 
 
+GATES = {"lstm": 4, "gru": 3}
+
+
+def compare_gates_of_recurrent_weights() -> None:
+    """Modules of torch's own, sharded by rows, against gates that are parameters of their own."""
+    mesh = init_device_mesh(rank_device().type, (dist.get_world_size(),))
+
+    def place(value: Tensor) -> Tensor:
+        return distribute_tensor(value.clone(), mesh, [Shard(0)], src_data_rank=None)
+
+    torch.manual_seed(0)
+    modules = {"lstm": nn.LSTM(5, 7, proj_size=3), "gru": nn.GRUCell(5, 7)}
+    model = nn.ModuleDict(modules).to(rank_device())
+    gates: dict[str, list[nn.Parameter]] = {}
+    for kind, module in model.items():
+        for name, param in list(module.named_parameters()):
+            if name.startswith("weight"):
+                count = 1 if "_hr_" in name else GATES[kind]
+                cut = [nn.Parameter(gate.clone()) for gate in param.detach().chunk(count)]
+                gates[f"{kind}.{name}"] = cut
+            module.register_parameter(name, nn.Parameter(place(param.detach())))
+    optimizer = FlashMuon(parameter_groups(model), **SETTINGS)
+    alone = ExchangeOptions(replica_group=None)
+    separate = FlashMuon([g for cut in gates.values() for g in cut], exchange=alone, **SETTINGS)
+    for _ in range(STEPS):
+        for name, param in model.named_parameters():
+            gradient = torch.randn(param.shape).to(rank_device())
+            param.grad = place(gradient)
+            if name in gates:
+                parts = gradient.chunk(len(gates[name]))
+                for gate, part in zip(gates[name], parts, strict=True):
+                    gate.grad = part.clone()
+        optimizer.step()
+        separate.step()
+    weights = dict(model.named_parameters())
+    for name, cut in gates.items():
+        assert torch.equal(weights[name].detach().full_tensor(), torch.cat(cut)), name
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_gates_of_recurrent_weights_update_as_separate_parameters(
+    ranks: RankPool, world_size: int
+) -> None:
+    ranks.run(world_size, compare_gates_of_recurrent_weights)
+
+
 @pytest.mark.parametrize("rule", list(MATRIX_RULES))
 def test_convolutions_may_be_channels_last(rule: str) -> None:
     generator = torch.Generator().manual_seed(0)
