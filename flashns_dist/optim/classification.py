@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ def parameter_groups(
     ``nn.Linear`` with as many outputs as an embedding has rows: where that is a hidden width too,
     only the one that has them), routers (a ``gate`` with fewer rows than columns is one), Mamba's
     ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
-    orthogonalized.
-    Works before and after sharding (DTensors keep their global shape).
+    orthogonalized. Works before and after sharding (DTensors keep their global shape), but not on
+    the flat parameters of ``FullyShardedDataParallel``: use ``fully_shard``.
 
     Which parts of a fused weight are matrices is found where it is certain: the projections of
     ``nn.MultiheadAttention``, the gates of ``nn.LSTM`` and ``nn.GRU`` (and their cells), a
@@ -125,8 +126,8 @@ def parameter_groups(
         FlashMuon's ``update_rule``.
 
     Raises:
-        ValueError: An override names an unknown rule, a pattern matches nothing, or a view does not
-            fit its parameter.
+        ValueError: An override names an unknown rule, a pattern matches nothing, a view does not
+            fit its parameter, or the model is sharded by ``FullyShardedDataParallel``.
     """
     if aux_update_rule not in AUXILIARY_RULES:
         raise ValueError(f"aux_update_rule={aux_update_rule!r}: use one of {list(AUXILIARY_RULES)}")
@@ -136,6 +137,7 @@ def parameter_groups(
             known = ", ".join(f'"{name}"' for name in RULES)
             raise ValueError(f'overrides[{pattern!r}]={rule!r}: use {known} or "frozen"')
     views = dict(matrix_views or {})
+    _refuse_flat_parameters(model)
     decisions = _decide(model, overrides, views)
     for kind, patterns in (("overrides", overrides), ("matrix_views", views)):
         unused = [p for p in patterns if not any(fnmatchcase(d.name, p) for d in decisions)]
@@ -160,6 +162,18 @@ def parameter_groups(
     if print_table:
         print(result.table())
     return result
+
+
+def _refuse_flat_parameters(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # half a second to import
+    if fsdp is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'}: FullyShardedDataParallel flattens parameters, so that no "
+                "matrix is left to find. Shard with torch.distributed.fsdp.fully_shard instead"
+            )
 
 
 def _decide(

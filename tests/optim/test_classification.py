@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations
 
 from flashns_dist import FlashMuon, parameter_groups
 from flashns_dist.layout import QKV, Equal, Flattened, Sections
+from flashns_dist.testing.pool import RankPool, rank_device
 
 
 class Router(nn.Module):
@@ -175,6 +177,21 @@ def test_parametrized_modules_go_where_they_would(name: str) -> None:
         getattr(parametrizations, name)(part, tensor)
     assert found(nn.ModuleDict(parts)) == plain
     assert {d.reason for d in parameter_groups(parts["table"]).decisions} == {"embedding"}
+
+
+def flat_parameters(use_orig_params: bool) -> None:
+    part = FullyShardedDataParallel(
+        nn.Linear(4, 4).to(rank_device()), use_orig_params=use_orig_params, device_id=rank_device()
+    )
+    with pytest.raises(ValueError, match=r"layer: FullyShardedDataParallel .*fully_shard"):
+        parameter_groups(nn.ModuleDict({"layer": part}))
+    with pytest.raises(ValueError, match="the model: FullyShardedDataParallel"):
+        parameter_groups(part)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_flat_parameters_are_refused(ranks: RankPool, use_orig_params: bool) -> None:
+    ranks.run(2, flat_parameters, use_orig_params)
 
 
 def test_tied_weights_are_counted_once_and_auxiliary() -> None:
