@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flashns_dist.optim.rules.rule import check_flag, number
 from flashns_dist.plan import CostModel
+
+WIRE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class ExchangeOptions:
 
     Attributes:
         wire_dtype: Dtype that travels both ways and that matrices are orthogonalized from, also
-            where nothing needs to travel (so that results do not depend on the number of ranks).
+            where nothing needs to travel (so that results do not depend on the number of ranks):
+            bf16, fp32 or fp64, since momenta may lie outside of the range of fp16.
         memory_bytes: Most bytes of memory that a step may take on a rank beyond weights, gradients
             and state, for each process group's matrices, as the planner predicts it: transfer
             buffers, the matrices that the rank owns of the buckets under way, and what the busiest
@@ -51,18 +56,51 @@ class ExchangeOptions:
     overlap_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        if not isinstance(self.wire_dtype, torch.dtype) or not self.wire_dtype.is_floating_point:
-            raise ValueError(f"wire_dtype={self.wire_dtype} must be a floating-point dtype")
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ValueError(
+                f"wire_dtype={self.wire_dtype!r}: use torch.bfloat16, torch.float32 or "
+                "torch.float64; momenta are not scaled before they travel, and may lie outside of "
+                "the range of fp16 or fp8"
+            )
         for name in ("memory_bytes", "bucket_bytes", "overlap_bytes"):
             given = getattr(self, name)
-            if given is not None and given <= 0:
-                raise ValueError(f"{name}={given} must be positive")
+            if given is not None or name == "overlap_bytes":
+                object.__setattr__(self, name, _bytes(name, given))
         if self.replicas not in ("auto", "share", "repeat"):
             raise ValueError(f'replicas={self.replicas!r}: use "auto", "share" or "repeat"')
-        if isinstance(self.replica_group, str) and self.replica_group != "world":
+        if not _is_replica_group(self.replica_group):
             raise ValueError(
                 f'replica_group={self.replica_group!r}: use "world", None or a process group'
             )
+        if self.cost is not None and not isinstance(self.cost, CostModel):
+            raise ValueError(
+                f"cost={self.cost!r}: use None or a CostModel, such as "
+                "flashns_dist.optim.calibration measures"
+            )
+        check_flag("overlap_backward", self.overlap_backward)
 
 
-__all__ = ["ExchangeOptions"]
+def check_exchange(exchange: Any) -> None:
+    """Raise ValueError for what is neither None nor an ``ExchangeOptions``."""
+    if exchange is not None and not isinstance(exchange, ExchangeOptions):
+        raise ValueError(
+            f"exchange={exchange!r}: use None or an ExchangeOptions object, such as "
+            "ExchangeOptions(memory_bytes=2**30)"
+        )
+
+
+def _bytes(name: str, given: Any) -> int:
+    """A number of bytes, at least one, as an int."""
+    found = number(name, given)
+    if found != int(found) or found <= 0:
+        raise ValueError(f"{name}={given!r} must be a positive whole number of bytes")
+    return int(given)
+
+
+def _is_replica_group(given: Any) -> bool:
+    if given is None or isinstance(given, str):
+        return given in (None, "world")
+    return dist.is_available() and isinstance(given, dist.ProcessGroup)
+
+
+__all__ = ["WIRE_DTYPES", "ExchangeOptions", "check_exchange"]

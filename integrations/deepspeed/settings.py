@@ -11,6 +11,7 @@ import torch
 
 from flashns_dist.layout import MatrixView, leading_blocks, named_view
 from flashns_dist.optim import ExchangeOptions, FlashMuon
+from flashns_dist.optim.options import WIRE_DTYPES
 from flashns_dist.optim.rules import AUXILIARY_RULES, RULES, MatrixRule
 from flashns_dist.optim.settings import RULE_SETTINGS, check_rule
 
@@ -103,7 +104,7 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
     views = _views(given.pop("matrix_views", None) or {})
     if given.get("ns_dtype") is not None:
         given["ns_dtype"] = _dtype("ns_dtype", given["ns_dtype"])
-    if "betas" in given:
+    if isinstance(given.get("betas"), list):
         given["betas"] = tuple(given["betas"])
     for key in ("lr", "weight_decay", "momentum", "eps", "aux_lr", "aux_weight_decay"):
         if key in given:
@@ -178,5 +179,7 @@ def _number(key: str, value: object) -> float:
 def _dtype(key: str, value: object) -> torch.dtype:
     found = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).lower())
     if found is None:
-        raise ValueError(f"optimizer.params.{key}={value!r}: use one of {sorted(_DTYPES)}")
+        allowed = WIRE_DTYPES if key == "wire_dtype" else _DTYPES.values()
+        names = sorted(name for name, dtype in _DTYPES.items() if dtype in allowed)
+        raise ValueError(f"optimizer.params.{key}={value!r}: use one of {names}")
     return found

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     option("aux-update-rule", "of auxiliary parameters: adamw or lion")
     option("aux-lr", "peak learning rate of auxiliary parameters; default: --lr", type=float)
     option("nonfinite", "a NaN or infinity in a gradient: raise or skip the step")
-    option("wire-dtype", "in which matrices travel", choices=["fp32", "bf16", "fp16"])
+    option("wire-dtype", "in which matrices travel", choices=["fp32", "bf16"])
     option(
         "memory-bytes",
         "most bytes that a step takes on a rank; default: 1 GiB where that can be",

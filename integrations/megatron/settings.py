@@ -11,6 +11,7 @@ import torch
 
 from flashns_dist.layout import leading_blocks
 from flashns_dist.optim import ExchangeOptions, FlashMuon, learning_rate_scale
+from flashns_dist.optim.options import WIRE_DTYPES
 from flashns_dist.optim.rules import AUXILIARY_RULES, MATRIX_RULES, RULES
 from flashns_dist.optim.settings import RULE_SETTINGS, check_rule, state_names
 
@@ -46,7 +47,8 @@ class Settings:
         split_gate_up: Likewise gate and up projection of a gated ``linear_fc1``.
         overrides: From name patterns to ``"muon"`` (a matrix), ``"adamw"`` (auxiliary) or another
             update rule.
-        wire_dtype, memory_bytes, bucket_bytes, replicas: As ExchangeOptions'; the dtype by name.
+        wire_dtype, memory_bytes, bucket_bytes, replicas: As ExchangeOptions'; the dtype by name:
+            ``"bf16"`` or ``"fp32"``.
     """
 
     method: str = "auto"
@@ -298,5 +300,7 @@ def _refuse(muon: _MuonFlags) -> None:
 
 def _dtype(flag: str, name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise ValueError(f"--flashmuon-{flag} {name}: use one of {sorted(_DTYPES)}")
+        allowed = WIRE_DTYPES if flag == "wire-dtype" else _DTYPES.values()
+        names = sorted(known for known, dtype in _DTYPES.items() if dtype in allowed)
+        raise ValueError(f"--flashmuon-{flag} {name}: use one of {names}")
     return _DTYPES[name]

@@ -88,6 +88,16 @@ def test_what_cannot_be_done_is_refused(
         settings.resolve(given, settings.Settings())
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_matrices_do_not_travel_in_fp16(dtype: str) -> None:
+    from flashns_dist.integrations.megatron.command_line import add_arguments
+
+    with pytest.raises(ValueError, match=r"the range of fp16|use one of \['bf16', 'fp32'\]"):
+        resolved({"wire_dtype": dtype})
+    with pytest.raises(SystemExit):
+        add_arguments(argparse.ArgumentParser()).parse_args(["--flashmuon-wire-dtype", dtype])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim import binding
+from flashns_dist.optim.options import check_exchange
 from flashns_dist.testing.pool import RankPool, rank_device
 
 KELLER = (3.4445, -4.775, 2.0315)
@@ -52,16 +53,42 @@ def test_an_unsuitable_argument_is_named(settings: dict[str, object], message: s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"wire_dtype": torch.int8}, "wire_dtype"),
+        ({"wire_dtype": torch.int8}, "wire_dtype=torch.int8"),
+        ({"wire_dtype": torch.float16}, "outside of the range of fp16"),
+        ({"wire_dtype": torch.float8_e4m3fn}, "wire_dtype=torch.float8_e4m3fn"),
+        ({"wire_dtype": "bfloat16"}, "wire_dtype='bfloat16'"),
         ({"bucket_bytes": 0}, "bucket_bytes=0"),
+        ({"bucket_bytes": "1GiB"}, "bucket_bytes='1GiB'"),
         ({"memory_bytes": -1}, "memory_bytes=-1"),
+        ({"memory_bytes": "1GiB"}, "memory_bytes='1GiB'"),
+        ({"memory_bytes": float("nan")}, "memory_bytes=nan"),
+        ({"memory_bytes": float("inf")}, "memory_bytes=inf"),
+        ({"memory_bytes": 1e9 + 0.5}, "memory_bytes=1000000000.5 must be a positive whole"),
+        ({"overlap_bytes": None}, "overlap_bytes=None"),
+        ({"overlap_backward": "false"}, "overlap_backward='false'"),
         ({"replicas": "many"}, "replicas='many'"),
         ({"replica_group": "node"}, "replica_group='node'"),
+        ({"replica_group": 5}, "replica_group=5"),
+        ({"cost": "h200"}, "cost='h200'"),
     ],
 )
 def test_an_unsuitable_exchange_option_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ExchangeOptions(**settings)
+
+
+def test_bytes_may_be_whole_floats() -> None:
+    options = ExchangeOptions(memory_bytes=1e9, bucket_bytes=torch.tensor(1024))
+    assert (options.memory_bytes, options.bucket_bytes) == (10**9, 1024)
+    assert type(options.memory_bytes) is type(options.bucket_bytes) is int
+
+
+@pytest.mark.parametrize("exchange", [{"memory_bytes": 2**30}, {}, torch.bfloat16, "auto"])
+def test_what_are_no_exchange_options_is_named(exchange: object) -> None:
+    check_exchange(None)
+    check_exchange(ExchangeOptions())
+    with pytest.raises(ValueError, match=re.escape(f"exchange={exchange!r}")):
+        check_exchange(exchange)
 
 
 @pytest.mark.parametrize(

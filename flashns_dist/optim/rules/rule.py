@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite, nan
 from typing import Any, ClassVar
 
 import torch
@@ -110,16 +111,41 @@ class MatrixRule:
         """After the last bucket."""
 
 
+def number(key: str, value: Any) -> float:
+    """A setting as a float: of a number, NumPy's too, or of a tensor of one element.
+
+    Raises:
+        ValueError: It is no number (a string, say), or not finite.
+    """
+    try:
+        found = nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # tensors raise the last one
+        found = nan
+    if not isfinite(found):
+        raise ValueError(f"{key}={value!r} must be a finite number")
+    return found
+
+
+def check_flag(key: str, value: Any) -> None:
+    """Raise ValueError for a setting that is neither True nor False (nor 1 or 0)."""
+    try:
+        is_flag = number(key, value) in (0, 1)
+    except ValueError:
+        is_flag = False
+    if not is_flag:
+        raise ValueError(f"{key}={value!r} must be True or False")
+
+
 def check_fraction(key: str, value: Any, *, one: bool = False) -> None:
     """Raise ValueError for a setting outside [0, 1), or (0, 1] with ``one``."""
-    number = float(value)
-    if not (0 < number <= 1 if one else 0 <= number < 1):
+    found = number(key, value)
+    if not (0 < found <= 1 if one else 0 <= found < 1):
         raise ValueError(f"{key}={value} must be in {'(0, 1]' if one else '[0, 1)'}")
 
 
 def check_positive(key: str, value: Any) -> None:
     """Raise ValueError for a setting that must not be zero."""
-    if not float(value) > 0:
+    if not number(key, value) > 0:
         raise ValueError(f"{key}={value} must be positive: the update rule divides by it")
 
 
@@ -166,4 +192,11 @@ class AuxiliaryRule:
         raise NotImplementedError
 
 
-__all__ = ["AuxiliaryRule", "MatrixRule", "check_fraction", "check_positive"]
+__all__ = [
+    "AuxiliaryRule",
+    "MatrixRule",
+    "check_flag",
+    "check_fraction",
+    "check_positive",
+    "number",
+]
