@@ -13,11 +13,15 @@ from flashns_dist.optim.binding import BoundParameter, full_shape, group_view, p
 from flashns_dist.optim.learning_rate import check_adjust_lr
 from flashns_dist.optim.rules import MATRIX_RULES, RULES, MatrixRule
 from flashns_dist.optim.rules.muon import orthogonalize_batch, resolve_ns_coefficients
+from flashns_dist.optim.rules.rule import check_flag, check_fraction, number
 
 UPDATE_RULES = tuple(RULES)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OF_ALL = ("aux_lr", "aux_weight_decay", "nonfinite", "exchange", "cuda_graph")
 RULE_SETTINGS = {key for rule in RULES.values() for key in rule.settings}
+_FLAGS = {"nesterov", "cautious"} | {
+    key for rule in RULES.values() for key, value in rule.settings.items() if value is False
+}
 
 
 def rule_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def rule_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_rule(name: str) -> None:
     """Raise ValueError for an unknown update rule."""
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"update_rule={name!r}: use one of {UPDATE_RULES}")
 
 
@@ -72,21 +76,50 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting out of range, naming it."""
+    check_rule(group["update_rule"])
     rule = RULES[group["update_rule"]]
     for key in ("lr", "weight_decay", "eps"):
-        if not float(group[key]) >= 0:
+        if number(key, group[key]) < 0:
             raise ValueError(f"{key}={group[key]} must not be negative")
-    if not 0 <= float(group["momentum"]) < 1:
-        raise ValueError(f"momentum={group['momentum']} must be in [0, 1)")
-    if len(group["betas"]) != 2 or not all(0 <= float(b) < 1 for b in group["betas"]):
-        raise ValueError(f"betas={group['betas']} must be two numbers in [0, 1)")
+    check_fraction("momentum", group["momentum"])
+    _check_betas(group["betas"])
+    for key, value in group.items():
+        if key in _FLAGS:
+            check_flag(key, value)
     if group["rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f'rounding={group["rounding"]!r}: use "nearest" or "stochastic"')
-    check_adjust_lr(group["adjust_lr_fn"])
+    _check_view(group.get("matrix_view"))
+    adjust_lr_fn = group["adjust_lr_fn"]
+    if not (adjust_lr_fn is None or isinstance(adjust_lr_fn, str) or callable(adjust_lr_fn)):
+        raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be a name, a callable or None")
+    check_adjust_lr(adjust_lr_fn)
+    if not isinstance(group["method"], str):
+        raise ValueError(f'method={group["method"]!r} must be a name, such as "auto"')
+    steps = number("ns_steps", group["ns_steps"])
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"ns_steps={group['ns_steps']!r} must be a whole number, at least 1")
     resolve_ns_coefficients(group)
     if is_matrix_rule(group):
         orthogonalize_batch(torch.zeros(0, 2, 2), group)
     rule.check(group)
+
+
+def _check_betas(betas: Any) -> None:
+    try:
+        found = [number("betas", beta) for beta in betas]
+    except (TypeError, ValueError):
+        found = []
+    if len(found) != 2 or not all(0 <= beta < 1 for beta in found):
+        raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
+
+
+def _check_view(view: Any) -> None:
+    views = view.values() if isinstance(view, Mapping) else [view]
+    if not all(v is None or callable(v) for v in views):
+        raise ValueError(
+            f"matrix_view={view!r} must be a view of flashns_dist.layout, a function from shapes "
+            "to blocks, None, or a mapping from name patterns to these"
+        )
 
 
 def is_matrix_rule(group: Mapping[str, Any]) -> bool:

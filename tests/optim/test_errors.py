@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,11 +45,60 @@ def matrix(rows: int = 6, cols: int = 8, dtype: torch.dtype = torch.float32) -> 
         ({"nonfinite": "ignore"}, "nonfinite='ignore'"),
         ({"backend": "numpy"}, "backend='numpy'"),
         ({"ns_dtype": torch.int8}, "torch.int8"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf"),
+        ({"eps": 10**400}, "must be a finite number"),
+        ({"lr": "0.1"}, "lr='0.1' must be a finite number"),
+        ({"lr": None}, "lr=None"),
+        ({"lr": [1]}, "lr=[1]"),
+        ({"lr": torch.ones(2)}, "lr=tensor"),
+        ({"momentum": "0.9"}, "momentum='0.9'"),
+        ({"betas": 0.9}, "betas=0.9 must be two numbers"),
+        ({"betas": None}, "betas=None must be two numbers"),
+        ({"betas": ("0.9", "0.95")}, "betas=('0.9', '0.95') must be two numbers"),
+        ({"ns_steps": None}, "ns_steps=None"),
+        ({"ns_steps": float("nan")}, "ns_steps=nan"),
+        ({"ns_steps": 2.7}, "ns_steps=2.7 must be a whole number"),
+        ({"ns_steps": 0}, "ns_steps=0 must be a whole number, at least 1"),
+        ({"nesterov": "false"}, "nesterov='false' must be True or False"),
+        ({"cautious": "no"}, "cautious='no'"),
+        ({"cautious": 2}, "cautious=2"),
+        ({"adjust_lr_fn": []}, "adjust_lr_fn=[]"),
+        ({"method": []}, "method=[]"),
+        ({"backend": []}, "backend=[]"),
+        ({"update_rule": []}, "update_rule=[]"),
+        ({"renormalize": []}, "renormalize=[]"),
+        ({"equilibrate": "no"}, "equilibrate='no'"),
+        ({"update_rule": "normuon", "beta2": None}, "beta2=None"),
+        ({"update_rule": "adamuon", "eps": 0}, "eps=0 must be positive"),
+        ({"update_rule": "dion2", "fraction": None}, "fraction=None"),
+        ({"update_rule": "dion2", "fraction": "x"}, "fraction='x'"),
+        ({"update_rule": "dion", "rank_fraction": "x"}, "rank_fraction='x'"),
+        ({"update_rule": "dion", "compressed_gradients": "no"}, "compressed_gradients='no'"),
     ],
 )
 def test_an_unsuitable_argument_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         FlashMuon([matrix()], **settings)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, lambda x: torch.tensor([x]), np.float32, np.array])
+def test_numbers_may_be_tensors_or_of_numpy(kind: Callable[[float], Any]) -> None:
+    """Powers of two, which every kind holds exactly."""
+    settings = {"lr": 0.125, "weight_decay": 0.5, "momentum": 0.75, "eps": 0.25, "beta2": 0.5}
+    given = {key: kind(value) for key, value in settings.items()}
+    given |= {"betas": (kind(0.5), kind(0.75)), "nesterov": np.bool_(True)}
+    given |= {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": kind(3.0), "cautious": 1}
+    settings |= {"betas": (0.5, 0.75), "nesterov": True, "cautious": True}
+    settings |= {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 3}
+    weights = []
+    for arguments in (given, settings):
+        param, other = matrix(), nn.Parameter(torch.ones(3))
+        param.grad, other.grad = torch.ones_like(param), torch.ones(3)
+        groups = [{"params": [param]}, {"params": [other], "update_rule": "adamw"}]
+        FlashMuon(groups, update_rule="normuon", **arguments).step()
+        weights.append((param, other))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +164,8 @@ def test_an_unsuitable_parameter_is_named_and_not_added(param: nn.Parameter, mes
     [
         ({"update_rule": "adamw", "aux_lr": 0.1}, ValueError, "call it 'lr' in a group"),
         ({"nonfinite": "skip"}, ValueError, "nonfinite='skip' is FlashMuon's, not a group's"),
-        ({"matrix_view": "qkv"}, TypeError, "not callable"),
+        ({"matrix_view": "qkv"}, ValueError, "matrix_view='qkv' must be a view"),
+        ({"matrix_view": {"*": "qkv"}}, ValueError, "matrix_view={'[*]': 'qkv'} must be a view"),
     ],
 )
 def test_an_unsuitable_group_is_not_added(
