@@ -59,6 +59,7 @@ def read(params: dict[str, Any]) -> Any:
         ({"lr": "auto"}, 'lr="auto" has not been filled in'),
         ({"lr": "fast"}, "lr='fast' must be a number"),
         ({"momentum": 1.5}, "momentum=1.5 must be in"),
+        ({"ns_steps": 7}, "ns_steps=7 is how often a single row"),
         ({"betas": 0.9}, "betas=0.9 must be two numbers"),
         ({"nesterov": "false"}, "nesterov='false' must be True or False"),
         ({"wire_dtype": "int8"}, "wire_dtype='int8': .*'bf16', 'bfloat16', 'float32', 'fp32'.$"),

@@ -60,6 +60,8 @@ def matrix(rows: int = 6, cols: int = 8, dtype: torch.dtype = torch.float32) -> 
         ({"ns_steps": float("nan")}, "ns_steps=nan"),
         ({"ns_steps": 2.7}, "ns_steps=2.7 must be a whole number"),
         ({"ns_steps": 0}, "ns_steps=0 must be a whole number, at least 1"),
+        ({"ns_steps": 7}, "ns_steps=7 is how often a single row of coefficients is used"),
+        ({"ns_steps": 7, "ns_coefficients": "you"}, "ns_coefficients='you' is no such row"),
         ({"nesterov": "false"}, "nesterov='false' must be True or False"),
         ({"cautious": "no"}, "cautious='no'"),
         ({"cautious": 2}, "cautious=2"),
@@ -80,6 +82,18 @@ def matrix(rows: int = 6, cols: int = 8, dtype: torch.dtype = torch.float32) -> 
 def test_an_unsuitable_argument_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         FlashMuon([matrix()], **settings)
+
+
+def test_a_number_of_steps_needs_a_single_row() -> None:
+    row = (3.4445, -4.7750, 2.0315)
+    auxiliary = {"params": [nn.Parameter(torch.ones(3))], "update_rule": "adamw"}
+    FlashMuon([{"params": [matrix()], "ns_coefficients": row}, auxiliary], ns_steps=7)
+    theirs = torch.optim.Muon([matrix()], ns_steps=7)
+    ours = FlashMuon([matrix()])
+    ours.load_state_dict(theirs.state_dict())
+    ours.param_groups[0]["params"][0].grad = torch.ones(6, 8)
+    ours.step()
+    assert ours.param_groups[0]["ns_steps"] == 5
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, lambda x: torch.tensor([x]), np.float32, np.array])

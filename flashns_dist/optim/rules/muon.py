@@ -23,6 +23,7 @@ MUON_SETTINGS: dict[str, Any] = {
     "renormalize": "none",
     "independent_decay": False,
 }
+_NS_STEPS = 5  # FlashMuon's and torch.optim.Muon's default, which counts as not given
 
 
 class Muon(MatrixRule):
@@ -43,6 +44,13 @@ class Muon(MatrixRule):
             raise ValueError(
                 f"weight_decay={group['weight_decay']} with independent_decay=True is the fraction "
                 "of the weights that one step takes away: it must be below 1 (1e-5, say)"
+            )
+        given = group["ns_coefficients"]
+        if int(group["ns_steps"]) != _NS_STEPS and not _is_single_row(given):
+            raise ValueError(
+                f"ns_steps={group['ns_steps']} is how often a single row of coefficients is used, "
+                f"and ns_coefficients={given!r} is no such row: its number of steps is its own. "
+                "Leave ns_steps out, or give one row ns_coefficients=(a, b, c)"
             )
 
     def before(self, pieces: Pieces) -> list[Tensor]:
@@ -165,9 +173,13 @@ def resolve_ns_coefficients(group: Mapping[str, Any]) -> Coefficients | None:
     given = group["ns_coefficients"]
     if given is None:
         return None
-    if isinstance(given, list | tuple) and all(isinstance(v, int | float) for v in given):
+    if _is_single_row(given):
         given = [given] * int(group["ns_steps"])
     return resolve_coefficients(given, POLAR_EXPRESS)
+
+
+def _is_single_row(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(v, int | float) for v in given)
 
 
 def orthogonalized_(batch: Tensor, group: Mapping[str, Any]) -> Tensor:
