@@ -71,6 +71,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         if key in group:
             instead = f"; call it {key[4:]!r} in a group" if key.startswith("aux_") else ""
             raise ValueError(f"{key}={group[key]!r} is FlashMuon's, not a group's{instead}")
+    if "matrix_views" in group:
+        raise ValueError(
+            "a group has no 'matrix_views': call it 'matrix_view', or give it to parameter_groups"
+        )
     check_values(group)
 
 

@@ -177,6 +177,7 @@ def test_an_unsuitable_parameter_is_named_and_not_added(param: nn.Parameter, mes
     ("group", "kind", "message"),
     [
         ({"update_rule": "adamw", "aux_lr": 0.1}, ValueError, "call it 'lr' in a group"),
+        ({"matrix_views": {"*": None}}, ValueError, "'matrix_views': call it 'matrix_view'"),
         ({"nonfinite": "skip"}, ValueError, "nonfinite='skip' is FlashMuon's, not a group's"),
         ({"matrix_view": "qkv"}, ValueError, "matrix_view='qkv' must be a view"),
         ({"matrix_view": {"*": "qkv"}}, ValueError, "matrix_view={'[*]': 'qkv'} must be a view"),
