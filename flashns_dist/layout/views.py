@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from math import prod
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from flashns_dist.layout.fragment import Box, flat_range_boxes
 from flashns_dist.layout.layout import boxes_tile
@@ -256,8 +256,22 @@ def view_blocks(name: str, shape: Sequence[int], view: MatrixView | None) -> tup
         ) from None
 
 
-@cache
+# Weak keys: a view of the user's may be a method of a model, or close over one.
+_CHECKED: WeakKeyDictionary[MatrixView, dict[Shape, tuple[Block, ...]]] = WeakKeyDictionary()
+
+
 def _checked_blocks(shape: Shape, view: MatrixView) -> tuple[Block, ...]:
+    """The view's blocks, which hold every element once; computed once while the view lives."""
+    try:
+        known = _CHECKED.setdefault(view, {})
+    except TypeError:  # no hash, or no weak references
+        known = {}
+    if shape not in known:
+        known[shape] = _blocks(shape, view)
+    return known[shape]
+
+
+def _blocks(shape: Shape, view: MatrixView) -> tuple[Block, ...]:
     blocks = tuple(view(shape))
     parts = tuple(part for block in blocks for part in block.parts)
     if any(len(part.size) != len(shape) for part in parts) or not boxes_tile(shape, parts):

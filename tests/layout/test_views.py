@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -215,3 +217,45 @@ def test_configurations_name_views() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             named_view(wrong)  # type: ignore[arg-type]
+
+
+class Model:
+    """Cuts its own weights; counts how often it is asked to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def halves(self, shape: tuple[int, ...]) -> tuple[Block, ...]:
+        self.calls += 1
+        return Equal(2)(shape)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: model.halves,
+        lambda model: lambda shape: model.halves(shape),
+        lambda model: Split(lambda w: [w[: len(model.halves(w.shape))], w[2:]]),
+    ],
+    ids=["method", "closure", "split function"],
+)
+def test_views_keep_no_model_alive(make: Callable[[Model], MatrixView]) -> None:
+    model = Model()
+    view = make(model)
+    blocks = view_blocks("w", (4, 6), view)
+    assert view_blocks("w", (4, 6), view) == blocks
+    assert model.calls == 1 or make(model) == view  # a method is another object each time
+    kept = weakref.ref(model)
+    del model, view
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_view_needs_no_hash() -> None:
+    class Halves:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, shape: tuple[int, ...]) -> tuple[Block, ...]:
+            return Equal(2)(shape)
+
+    assert view_blocks("w", (4, 6), Halves()) == Equal(2)((4, 6))
