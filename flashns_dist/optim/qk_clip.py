@@ -210,8 +210,8 @@ class QKClip:
             For each layer, the factor on each head's logits, ``(num_heads,)``, 1 for most.
 
         Raises:
-            ValueError: The logits' shapes are wrong, or one is NaN or infinite on some rank (then
-                on all ranks, and no weight has changed).
+            ValueError: The logits' shapes are wrong on some rank, or one is NaN or infinite there;
+                on all ranks, and no weight has changed.
         """
         largest = self._largest(max_logits)
         factors = [(self._threshold / s).clamp(max=1.0) for s in largest]
@@ -228,18 +228,22 @@ class QKClip:
         """The logits' maxima over the group, float64 on the CPU."""
         sizes = [attention.num_heads for attention in self._attentions]
         shapes = [tuple(logits.shape) for logits in max_logits]
-        if shapes != [(size,) for size in sizes]:
+        fits = shapes == [(size,) for size in sizes]
+        if sizes:
+            sent = self._sent(max_logits, sum(sizes), fits=fits)
+            agreed = agree_on_largest(sent, self._group)
+        if not fits:
             raise ValueError(
                 f"max_logits has shapes {shapes}; give one tensor per layer, of shapes "
                 f"{[(size,) for size in sizes]}"
             )
         if not sizes:
             return []
-        together = torch.cat([logits.detach().double() for logits in max_logits])
-        agreed = agree_on_largest(
-            together.nan_to_num(float("inf"), neginf=-float("inf")), self._group
-        )
-        found = list(agreed.split(sizes))
+        if agreed[-1] > 0:
+            raise ValueError(
+                "max_logits has shapes that do not fit the layers on another rank: see its error"
+            )
+        found = list(agreed[:-1].split(sizes))
         for attention, values in zip(self._attentions, found, strict=True):
             if values.isposinf().any():
                 raise ValueError(
@@ -248,6 +252,17 @@ class QKClip:
                     "rank; skip QK-clip in steps that overflow"
                 )
         return found
+
+    def _sent(self, max_logits: Sequence[Tensor], count: int, *, fits: bool) -> Tensor:
+        """The logits and minus infinity; ``count + 1`` infinities if they do not fit the layers."""
+        infinity = float("inf")
+        if not fits:
+            first = self._bound[0][0]
+            device = first.local(first.storage).device
+            return torch.full((count + 1,), infinity, dtype=torch.float64, device=device)
+        logits = torch.cat([logits.detach().double() for logits in max_logits])
+        end = logits.new_full((1,), -infinity)
+        return torch.cat([logits, end]).nan_to_num(infinity, neginf=-infinity)
 
     def _scale(self, attention: Attention, bound: Sequence[BoundParameter], factor: Tensor) -> None:
         """Multiply the rows of one layer's heads, where they lie."""

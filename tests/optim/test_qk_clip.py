@@ -201,6 +201,26 @@ def test_a_nan_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
     ranks.run(2, nan_on_one_rank)
 
 
+def wrong_shape_on_one_rank() -> None:
+    weights = [place(values((HEADS * HEAD, DIM), i), "rows") for i in range(2)]
+    before = [whole(w).clone() for w in weights]
+    clip = QKClip([Attention.separate(*weights, HEADS)], threshold=1.0, group=dist.group.WORLD)
+    is_wrong = dist.get_rank() == 1
+    logits = torch.full((HEADS // (2 if is_wrong else 1),), 4.0, device=rank_device())
+    message = r"shapes \[\(3,\)\]; give one" if is_wrong else "on another rank: see its error"
+    for given in ([logits], [] if is_wrong else [logits]):
+        message = r"max_logits has shapes \[\]" if not given else message
+        with pytest.raises(ValueError, match=message):
+            clip(given)
+    assert all(torch.equal(whole(w), b) for w, b in zip(weights, before, strict=True))
+    (factor,) = clip([torch.full((HEADS,), 4.0, device=rank_device())])
+    assert factor.tolist() == [0.25] * HEADS
+
+
+def test_a_wrong_shape_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
+    ranks.run(2, wrong_shape_on_one_rank)
+
+
 def weight(rows: int = HEADS * HEAD) -> nn.Parameter:
     return nn.Parameter(torch.ones(rows, DIM))
 
@@ -218,6 +238,7 @@ def weight(rows: int = HEADS * HEAD) -> nn.Parameter:
             "shapes [(3,)]; give one tensor per layer, of shapes [(6,)]",
         ),
         (lambda: QKClip([Attention.separate(weight(), weight(), HEADS)])([]), "shapes []"),
+        (lambda: QKClip([])([torch.ones(3)]), "of shapes []"),
     ],
 )
 def test_unsuitable_arguments_are_named(make: object, message: str) -> None:
