@@ -143,17 +143,12 @@ class Exchange:
         held, owned = self._pair(bucket)
         return self._launch(bucket, self.schedules[bucket].scatter, owned, held)
 
-    def early_gather(
-        self, bucket: int, directions: Sequence[Tensor] | None, group: dist.ProcessGroup | None
-    ) -> Transfer:
-        """Send what travels of a bucket ahead of its turn, from and into memory of its own.
-
-        Its turn is a later ``start_gather``, which sends nothing then.
+    def pack_early(self, bucket: int, directions: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """What ``early_gather`` sends and receives into: memory of its own.
 
         Args:
             bucket: Index of the bucket.
             directions: As ``start_gather`` takes; None to send anything, for ranks that wait.
-            group: The process group to send on, of the same ranks as the exchange's.
         """
         route = self.schedules[bucket].gather
         sent, received = (
@@ -165,7 +160,21 @@ class Exchange:
                 [_segment(sent, segment) for segment in route.sends],
                 [directions[segment.held] for segment in route.sends],
             )
-        return self._launch(bucket, route, sent, received, group)
+        return sent, received
+
+    def early_gather(
+        self, bucket: int, packed: tuple[Tensor, Tensor], group: dist.ProcessGroup | None
+    ) -> Transfer:
+        """Send what travels of a bucket ahead of its turn.
+
+        Its turn is a later ``start_gather``, which sends nothing then.
+
+        Args:
+            bucket: Index of the bucket.
+            packed: What ``pack_early`` returned.
+            group: The process group to send on, of the same ranks as the exchange's.
+        """
+        return self._launch(bucket, self.schedules[bucket].gather, *packed, group)
 
     def start_gather(
         self,

@@ -40,7 +40,11 @@ _CHANGED = (
     "zero_grad, loading). Leave that out, or overlap_backward"
 )
 _CHANGED_SETTINGS = "{name}: its settings {settings} have changed since the backward pass"
-_OTHERS = "the ranks have sent different buckets, since parameters have gradients on some only"
+_FAILED = "packing a bucket failed ({error})"
+_OTHERS = (
+    "the ranks have sent different buckets, since parameters have gradients on some only, or one "
+    "could not send: see its warning"
+)
 _ELSEWHERE = "another rank cannot use them: see its warning"
 
 
@@ -148,13 +152,18 @@ class EarlyQueue:
             return
         optimizer = self._present
         with self._side_stream(inputs):
-            # First the fingerprint: what changes while directions are computed is then found.
             settings = [self._settings(index) for index in indices]
-            sent = _Sent(indices, fingerprint(inputs), settings)
             everyone = [gradients.get(index) for index in self._indices]
-            self._step.gather_early(
-                bucket, optimizer.param_groups, optimizer.state, everyone, self.group
-            )
+            try:
+                # First the fingerprint: what changes while directions are computed is then found.
+                sent = _Sent(indices, fingerprint(inputs), settings)
+                packed = self._step.pack_early(
+                    bucket, optimizer.param_groups, optimizer.state, everyone
+                )
+            except RuntimeError as error:  # out of memory, say: step() may have more
+                self._problem = _FAILED.format(error=f"{type(error).__name__}: {error}")
+                return
+            self._step.gather_early(bucket, packed, self.group)
         self._sent.append(sent)
         self.num_sent += 1
 
@@ -269,7 +278,9 @@ class EarlyQueue:
         self.num_dropped += len(early)
         if self._agreed is not None:
             for bucket, _ in self._buckets[len(self._sent) : int(self._agreed[1])]:
-                early[bucket] = self._step.exchange.early_gather(bucket, None, self.group)
+                exchange = self._step.exchange
+                packed = exchange.pack_early(bucket, None)
+                early[bucket] = exchange.early_gather(bucket, packed, self.group)
         while early:
             early.popitem()[1].wait()
         self._arrived.clear()

@@ -160,28 +160,40 @@ class MatrixStep:
             self.fused.begin(groups, state, gradients)
         self.is_prepared = True
 
-    def gather_early(
+    def pack_early(
         self,
         bucket: int,
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         gradients: Sequence[Tensor | None],
-        process_group: dist.ProcessGroup | None,
-    ) -> None:
-        """Send a bucket to its owners before the next run; changes no state.
-
-        Collectives: the bucket's first ``all_to_all_single``, on ``process_group``.
+    ) -> tuple[Tensor, Tensor]:
+        """What ``gather_early`` sends of a bucket and receives into; changes no state.
 
         Args:
             bucket: Its rules' ``before`` must be Muon's.
             groups: As ``run`` takes.
             state: As ``run`` takes.
             gradients: As ``run`` takes; the bucket's must be there.
-            process_group: Of the exchange's ranks.
         """
         run = self._new_run(groups, state, gradients)
-        directions = self._before(bucket, run, early_direction)
-        self.early[bucket] = self.exchange.early_gather(bucket, directions, process_group)
+        return self.exchange.pack_early(bucket, self._before(bucket, run, early_direction))
+
+    def gather_early(
+        self,
+        bucket: int,
+        packed: tuple[Tensor, Tensor],
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        """Send a bucket to its owners before the next run.
+
+        Collectives: the bucket's first ``all_to_all_single``, on ``process_group``.
+
+        Args:
+            bucket: Index of the bucket.
+            packed: What ``pack_early`` returned.
+            process_group: Of the exchange's ranks.
+        """
+        self.early[bucket] = self.exchange.early_gather(bucket, packed, process_group)
 
     def _new_run(
         self,

@@ -9,8 +9,10 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain, repeat
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -168,6 +170,21 @@ def with_infinity(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
         model[1].up.weight.grad.to_local()[0, 0] = float("inf")
 
 
+def out_of_memory(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
+    """For the fingerprint of one rank's second bucket, and then for the first bucket of both."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    failing: Any = nullcontext()
+    if step == 2 and dist.get_rank() == 1:
+        effects = chain([mock.DEFAULT], repeat(error))
+        failing = mock.patch(
+            "flashns_dist.optim.early.fingerprint", wraps=fingerprint, side_effect=effects
+        )
+    elif step == 4:
+        failing = mock.patch("flashns_dist.exchange.exchange._copy", side_effect=error)
+    with failing:
+        backward(model, step)
+
+
 def zeroed_in_place(model: nn.Module, optimizer: FlashMuon, step: int) -> None:
     optimizer.zero_grad(set_to_none=False)
     backward(model, step)
@@ -319,6 +336,16 @@ def test_one_ranks_edit_makes_all_gather_again(ranks: RankPool) -> None:
         assert len(messages) == 1
     assert "gradients or momenta" in second[1][0]
     assert "another rank" in first[1][0]
+
+
+def test_an_error_in_packing_is_a_gather_again(ranks: RankPool) -> None:
+    first, second = ranks.run(2, compare, "fsdp", out_of_memory, {})
+    for counts, messages in (first, second):
+        assert [sent > dropped for sent, dropped in counts] == [False, True, False, True, False]
+        assert len(messages) == 1
+    assert second[0][2] == (1, 1)
+    assert "packing a bucket failed (OutOfMemoryError: CUDA out of memory." in second[1][0]
+    assert "or one could not send: see its warning" in first[1][0]
 
 
 def test_a_skipped_step_changes_nothing(ranks: RankPool) -> None:
