@@ -61,7 +61,8 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
         Raises:
             ValueError: The checkpoint's groups are not FlashMuon's, or are those of several
-                optimizers.
+                optimizers; nothing has changed.
+            NotImplementedError: Its format is not supported; nothing has changed.
         """
         if "optimizer" not in state_dict:
             raise ValueError(
@@ -69,6 +70,9 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 "an optimizer of their own where expert parallelism is not 1, and converts neither "
                 "into the other: resume with expert parallelism too, or with --no-load-optim."
             )
+        if "param_state" in state_dict:
+            kind = state_dict["param_state_sharding_type"]
+            check_sharding_type(kind)
         saved = state_dict["optimizer"]["param_groups"]
         restored = restored_groups(self.optimizer.param_groups, saved)
         for group, values in zip(self.optimizer.param_groups, restored, strict=True):
@@ -79,8 +83,6 @@ class FlashMuonDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         if self.grad_scaler and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if "param_state" in state_dict:
-            kind = state_dict["param_state_sharding_type"]
-            check_sharding_type(kind)
             load = getattr(self, f"load_parameter_state_from_{kind}")
             load(state_dict["param_state"])
 
@@ -185,11 +187,18 @@ class _Replicated(MegatronOptimizer):  # type: ignore[misc]
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Megatron's, without the zeros."""
-        state = state_dict.get("optimizer", state_dict)["state"]
+        """As Megatron's, without the zeros; does not edit the dict, as Megatron's does."""
+        inner = state_dict.get("optimizer", state_dict)
+        state = {
+            key: {**entry} if isinstance(entry, Mapping) else entry
+            for key, entry in inner["state"].items()
+        }
         for index, _, names in self._lacking():
             state[index] = {k: v for k, v in state[index].items() if k not in names}
-        super().load_state_dict(state_dict)
+        inner = {**inner, "state": state}
+        super().load_state_dict(
+            {**state_dict, "optimizer": inner} if "optimizer" in state_dict else inner
+        )
         _add_counts(self.optimizer)
 
     def _lacking(self) -> list[tuple[int, Tensor, frozenset[str]]]:

@@ -125,6 +125,47 @@ def test_a_checkpoint_with_expert_parallelism_is_refused_without(
         assert message.startswith("the checkpoint has several optimizers, this run has one")
 
 
+def refuse_a_format() -> None:
+    with megatron_ready(PLAIN):
+        chunks = make_chunks(PLAIN)
+        optimizer = make_optimizer(PLAIN, chunks).chained_optimizers[0]
+        train(PLAIN, chunks, optimizer, range(1))
+        saved = optimizer.state_dict()
+        for group in saved["optimizer"]["param_groups"]:
+            group |= {"lr": 7.0, "step": 7}
+        saved |= {"param_state": {}, "param_state_sharding_type": "fully_sharded_bucket_space"}
+        with pytest.raises(NotImplementedError, match="fully_sharded_bucket_space"):
+            optimizer.load_state_dict(saved)
+        now = optimizer.state_dict()["optimizer"]["param_groups"]
+        assert all(group["lr"] != 7.0 and group["step"] == 1 for group in now)
+
+
+def test_a_format_that_is_refused_changes_nothing(ranks: RankPool) -> None:
+    ranks.run(1, refuse_a_format)
+
+
+def keep_the_dict(case: Case) -> None:
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        optimizer = make_optimizer(case, chunks).chained_optimizers[0]
+        train(case, chunks, optimizer, range(1))
+        saved = optimizer.state_dict()
+        inner = saved.get("optimizer", saved)
+        # Megatron's sharded checkpoints hold it so.
+        inner["state"]["common_step"] = torch.ones(())
+        expected = {k: dict(v) for k, v in inner["state"].items() if k != "common_step"}
+        groups = list(inner["param_groups"])
+        optimizer.load_state_dict(saved)
+        assert inner["state"].pop("common_step") == 1
+        assert inner["state"] == expected
+        assert all(a is b for a, b in zip(inner["param_groups"], groups, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_loading_does_not_edit_the_state_dict(ranks: RankPool, dtype: str) -> None:
+    ranks.run(1, keep_the_dict, replace(ONE_LAYER, distributed=False, dtype=dtype))
+
+
 def keep_flags(folder: str) -> dict[str, Any]:
     """Save with one momentum and learning rate, load with another; what the groups say then."""
     from tests.integrations.megatron_training import load
