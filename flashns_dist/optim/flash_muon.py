@@ -26,12 +26,14 @@ from flashns_dist.optim.binding import (
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
-from flashns_dist.optim.options import ExchangeOptions
+from flashns_dist.optim.options import ExchangeOptions, check_exchange
 from flashns_dist.optim.overlap import EarlyGathers, check_overlap
 from flashns_dist.optim.rules import AUXILIARY_RULES
+from flashns_dist.optim.rules.rule import check_flag
 from flashns_dist.optim.settings import (
     check_group,
     check_parameter,
+    check_rule,
     check_used,
     init_state,
     rule_settings,
@@ -86,7 +88,7 @@ class FlashMuon(Optimizer):
         method: How to orthogonalize: see ``flashns_dist.orthogonalize.orthogonalize``.
         ns_coefficients: A ``Coefficients`` object, a preset's name, one ``(a, b, c)`` row (used
             ``ns_steps`` times), or None for the method's own.
-        ns_steps: Number of steps of a single row.
+        ns_steps: Uses of a single row; refused if not 5 without one.
         ns_dtype: Dtype of the iteration (None: fp16 on an accelerator, fp32 on the CPU).
         backend: Kernels to use: ``"auto"``, ``"torch"``, ``"triton"`` or ``"quack"``.
         aux_lr, betas, eps, aux_weight_decay: AdamW's arguments for the auxiliary groups.
@@ -135,6 +137,9 @@ class FlashMuon(Optimizer):
         update_rule: str = "muon",
         **settings: Any,
     ) -> None:
+        check_exchange(exchange)
+        check_flag("cuda_graph", cuda_graph)
+        check_rule(update_rule)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f'nonfinite={nonfinite!r} is unknown; use "raise" or "skip"')
         self.nonfinite = nonfinite
@@ -520,7 +525,8 @@ class FlashMuon(Optimizer):
         for index, group in enumerate(completed["param_groups"]):
             for (name, param), key in zip(self._named(index), group["params"], strict=False):
                 entry = completed["state"].get(key, {})
-                check_loadable(name, param, entry, group["update_rule"])
+                blocks = parameter_blocks(name, full_shape(param), group)
+                check_loadable(name, param, entry, group, blocks)
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
         self._complete_state()

@@ -24,11 +24,20 @@ def stochastic_round_(target: Tensor, value: Tensor, noise: Tensor) -> None:
 
 
 def rounding_seed(name: str, step: int) -> int:
-    """A number from a parameter's name and step, the same in every process."""
+    """A number from a parameter's name and step, the same in every process and wrapper."""
     seed = 0
-    for byte in name.encode():
+    for byte in _plain(name).encode():
         seed = (seed * 131 + byte) % 2_147_483_647
     return step * 1_000_003 + seed
+
+
+def _plain(name: str) -> str:
+    """A name without what torch.compile, activation checkpointing and DDP put into it."""
+    added = ("_orig_mod", "_checkpoint_wrapped_module")
+    parts = [part for part in name.split(".") if part not in added]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
 
 
 def element_noise(seed: int, box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:

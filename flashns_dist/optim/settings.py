@@ -183,10 +183,7 @@ def check_states(
     for parameter in bound:
         group = groups[parameter.group_index]
         rule = RULES[group["update_rule"]]
-        needed = dict.fromkeys(rule.local_states, 0)
-        for block in parameter.blocks if isinstance(rule, MatrixRule) else ():
-            for name, size in rule.block_states(group, block).items():  # type: ignore[union-attr]
-                needed[name] = needed.get(name, 0) + size
+        needed = {**dict.fromkeys(rule.local_states, 0), **block_sizes(group, parameter.blocks)}
         for name, size in needed.items():
             key = (id(parameter.storage), name)
             sizes[key] = sizes.get(key, 0) + size
@@ -207,17 +204,23 @@ def check_states(
 def state_names(group: Mapping[str, Any], blocks: tuple[Block, ...]) -> set[str]:
     """Names of a parameter's states."""
     rule = RULES[group["update_rule"]]
-    by_block = (
-        {name for block in blocks for name in rule.block_states(group, block)}
-        if isinstance(rule, MatrixRule)
-        else set()
-    )
-    return {"step", *rule.local_states, *by_block}
+    return {"step", *rule.local_states, *block_sizes(group, blocks)}
+
+
+def block_sizes(group: Mapping[str, Any], blocks: Sequence[Block]) -> dict[str, int]:
+    """Names of a parameter's states by block, and how many numbers each has."""
+    rule = RULES[group["update_rule"]]
+    sizes: dict[str, int] = {}
+    for block in blocks if isinstance(rule, MatrixRule) else ():
+        for name, size in rule.block_states(group, block).items():  # type: ignore[union-attr]
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
 
 
 __all__ = [
     "RULE_SETTINGS",
     "UPDATE_RULES",
+    "block_sizes",
     "check_group",
     "check_parameter",
     "check_rule",

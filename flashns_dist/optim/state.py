@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from flashns_dist.layout import Block
 from flashns_dist.optim.rules import AUXILIARY_RULES, MOMENTUM_SUMS, RULES
+from flashns_dist.optim.settings import block_sizes
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 _NOT_SAVED = "<not saved>"
@@ -87,15 +89,23 @@ def completed_state_dict(
     return {"state": state, "param_groups": completed}
 
 
-def check_loadable(name: str, param: Tensor, entry: Mapping[str, Any], rule: str) -> None:
+def check_loadable(
+    name: str,
+    param: Tensor,
+    entry: Mapping[str, Any],
+    group: Mapping[str, Any],
+    blocks: Sequence[Block],
+) -> None:
     """Raise ValueError for a checkpoint's state that a parameter cannot take.
 
     Args:
         name: Of the parameter.
         param: The parameter.
         entry: Its state in the checkpoint.
-        rule: Its update rule.
+        group: Its group, with the checkpoint's settings.
+        blocks: Its matrices.
     """
+    rule = group["update_rule"]
     needed = RULES[rule].local_states
     others = sorted(entry.keys() - {"step"})
     if others and not entry.keys() & set(needed):
@@ -111,6 +121,13 @@ def check_loadable(name: str, param: Tensor, entry: Mapping[str, Any], rule: str
                 f"{_described(param)}. torch.distributed.checkpoint loads into other shardings; so "
                 "does set_optimizer_state_dict with StateDictOptions(full_state_dict=True), from "
                 "whole tensors."
+            )
+    for key, size in block_sizes(group, blocks).items():
+        value = entry.get(key)
+        if isinstance(value, Tensor) and value.numel() != size:
+            raise ValueError(
+                f"{name}: {key} in the checkpoint has {value.numel()} elements, the parameter's "
+                f"matrices need {size}; give it the matrix_view that it was saved with"
             )
 
 

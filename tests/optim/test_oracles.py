@@ -308,3 +308,39 @@ def test_a_copied_optimizer_goes_on_by_itself() -> None:
     run(optimizer, params, 2)
     assert distance(copied_params, params) == 0
     assert copied.nonfinite == "skip"
+
+
+def test_stochastic_rounding_does_not_depend_on_wrappers() -> None:
+    found = []
+    for name in ("0.w", "module.0.w", "_orig_mod.module.0.w", "0._checkpoint_wrapped_module.w"):
+        param = nn.Parameter(torch.ones(16, 16, dtype=torch.bfloat16))
+        param.grad = torch.arange(256.0).view(16, 16).sin().bfloat16()
+        FlashMuon([(name, param)], rounding="stochastic").step()
+        found.append(param.detach())
+    other = nn.Parameter(torch.ones(16, 16, dtype=torch.bfloat16))
+    other.grad = param.grad
+    FlashMuon([("1.w", other)], rounding="stochastic").step()
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert not torch.equal(other, found[0])
+
+
+@pytest.mark.parametrize("cut", [2, 6, 9, 250])
+def test_adamw_does_not_depend_on_the_sharding(cut: int) -> None:
+    """torch's fused kernel on the CPU rounds a memory's last few elements otherwise."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(1000, generator=generator)
+        scales = 10.0 ** torch.empty(3, 1).uniform_(-8, 4, generator=generator)
+        gradients = scales * torch.randn(3, 1000, generator=generator)
+        found = []
+        for sizes in ([1000], [cut] * (1000 // cut) + [1000 % cut] * bool(1000 % cut)):
+            params = [nn.Parameter(part.clone()) for part in start.split(sizes)]
+            optimizer = FlashMuon(params, update_rule="adamw")
+            for gradient in gradients:
+                for param, part in zip(params, gradient.split(sizes), strict=True):
+                    param.grad = part.clone()
+                optimizer.step()
+            moments = [optimizer.state[param]["exp_avg_sq"] for param in params]
+            found.append((torch.cat([p.detach() for p in params]), torch.cat(moments)))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])

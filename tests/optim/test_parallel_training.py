@@ -371,7 +371,7 @@ def test_names_and_views_are_the_models_not_the_checkpoints() -> None:
         optimizer = FlashMuon([{"params": [(name, param)], "matrix_view": {name: Equal(2)}}])
         if found:
             param.data.copy_(found[0][0])
-            optimizer.load_state_dict(found[0][1])
+            optimizer.load_state_dict(copy.deepcopy(found[0][1]))  # or tensors are shared
             assert optimizer.param_groups[0]["param_names"] == [name]
         else:
             stepped(optimizer)
@@ -414,3 +414,17 @@ def test_flattened_state_dicts_load(settings: dict[str, Any]) -> None:
     stepped(optimizer)
     stepped(resumed)
     assert torch.equal(model.weight, other.weight)
+
+
+def test_states_by_block_of_other_views_are_refused() -> None:
+    saved = stepped(
+        FlashMuon(
+            [{"params": [nn.Parameter(torch.zeros(12, 8))], "matrix_view": Equal(2, 1)}],
+            update_rule="normuon",
+        )
+    ).state_dict()
+    optimizer = FlashMuon([nn.Parameter(torch.zeros(12, 8))], update_rule="normuon")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="row_moment in the checkpoint has 24 elements"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
