@@ -35,7 +35,8 @@ class ExchangeOptions:
             each do all of them (``"repeat"``), or what the cost model predicts to be faster
             (``"auto"``).
         replica_group: The process group over which plain (not DTensor) parameters are replicated:
-            ``"world"``, a process group, or None where each process trains by itself.
+            ``"world"``, a process group, or None where each process trains by itself. Every rank of
+            it must have some parameter: a rank without any cannot know that the others wait.
         cost: Cost model of the planner; None for what ``flashns_dist.optim.calibration`` measured
             on this machine, or else one H200's. The first rank's holds on all ranks of a group.
         overlap_backward: Let FSDP2's matrices travel to their owners while the backward pass still

@@ -160,7 +160,7 @@ def _check_key(key: str, value: object) -> None:
         raise ValueError(
             f"optimizer.params.{key} is unknown to FlashMuon.{hint} Known: {', '.join(PARAMS)}."
         )
-    if value == "auto":
+    if value == "auto" and key not in ("method", "backend", "replicas"):  # theirs
         raise ValueError(
             f'optimizer.params.{key}="auto" has not been filled in: Hugging Face does so for lr, '
             "betas, eps and weight_decay only. Write the value, or leave the key out for the "
