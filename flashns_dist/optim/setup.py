@@ -82,6 +82,16 @@ class Setup:
             for indices in self.members
         ]
 
+    @cached_property
+    def _shapes(self) -> list[tuple[int, tuple[int, int]]]:
+        """Of the matrices, with the index of their parameter group."""
+        return sorted({(b.group_index, block.shape) for b in self.bound for block in b.blocks})
+
+    @cached_property
+    def _sequences(self) -> list[list[int]]:
+        """The parameter groups of ``members``."""
+        return [[self.bound[i].group_index for i in indices] for indices in self.members]
+
     @property
     def unaveraged(self) -> set[int]:
         """The parameters whose replicas have gradients and momenta of their own (Dion)."""
@@ -121,10 +131,9 @@ class Setup:
         if present != self._last:
             self._last = present
             self._problem = self._invalid()
-            digests = [hashlib.blake2b(repr(each).encode(), digest_size=6) for each in facts]
+            digests = [repr(each).encode() for each in facts]
             self._numbers = [
-                _number(b"".join(digests[self.bound[i].group_index].digest() for i in indices))
-                for indices in self.members
+                _number(b"".join(digests[index] for index in groups)) for groups in self._sequences
             ]
         return Settings(self._numbers, is_outdated, self.compare), self._problem
 
@@ -160,10 +169,8 @@ class Setup:
         try:
             for group in self._groups:
                 check_values(group)
-            for bound in self.bound:
-                group = self._groups[bound.group_index]
-                for shape in {block.shape for block in bound.blocks}:
-                    learning_rate_scale(group["adjust_lr_fn"], shape)
+            for index, shape in self._shapes:
+                learning_rate_scale(self._groups[index]["adjust_lr_fn"], shape)
         except ValueError as error:
             return str(error)
         return None
