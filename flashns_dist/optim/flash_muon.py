@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -329,9 +330,14 @@ class FlashMuon(Optimizer):
             self._unbind()
         if not self._bound:
             self._bind()
-        while self._bound and not self._run_step():
+        while self._bound and not self._run_on_device():
             self._bind()
         return loss
+
+    def _run_on_device(self) -> bool:
+        """``_run_step``, whose kernels and graphs are launched on the current device."""
+        with on_device_of(self._bound[0]):
+            return self._run_step()
 
     def _run_step(self) -> bool:
         """A step of the bound parameters, unless some rank has others now: then nothing."""
@@ -545,6 +551,12 @@ class FlashMuon(Optimizer):
 def _world() -> dist.ProcessGroup | None:
     """The world's process group, None without one."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def on_device_of(bound: BoundParameter) -> AbstractContextManager[Any]:
+    """Makes the device of a parameter's storage the current one, which it need not be."""
+    device = bound.local(bound.storage).device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _is_elsewhere(state: Mapping[str, Any] | None, param: Tensor) -> bool:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
-from flashns_dist.optim import calibration
+from flashns_dist.optim import calibration, flash_muon
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
 from flashns_dist.plan import CostModel
@@ -254,6 +257,56 @@ def test_a_rank_that_holds_nothing_takes_part_in_the_rules_collectives(
 def test_fused_passes_on_pieces_of_flat_buffers(interpreted: RankPool) -> None:
     needs(3)
     assert any(launched.get("update_kernel") for launched in interpreted.run(3, compare_flat, 0))
+
+
+def test_a_step_runs_under_the_device_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[object] = []
+    steps: list[list[object]] = []
+
+    @contextmanager
+    def entered(device: object) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    run_step, on_device_of = FlashMuon._run_step, flash_muon.on_device_of
+
+    def noted(self: FlashMuon) -> bool:
+        steps.append(list(inside))
+        return run_step(self)
+
+    def as_on_a_gpu(bound: object) -> object:
+        assert bound is optimizer._bound[0]
+        storage = SimpleNamespace(device=torch.device("cuda", 1))
+        return on_device_of(SimpleNamespace(storage=storage, local=lambda t: t))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(FlashMuon, "_run_step", noted)
+    param = nn.Parameter(torch.ones(8, 12))
+    param.grad = torch.ones_like(param)
+    optimizer = FlashMuon([param], exchange=ExchangeOptions(replica_group=None))
+    optimizer.step()
+    monkeypatch.setattr(flash_muon, "on_device_of", as_on_a_gpu)
+    optimizer.step()
+    assert steps == [[], [torch.device("cuda", 1)]]
+    assert not inside
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_parameters_need_not_be_on_the_current_device(cuda_graph: bool) -> None:
+    found = []
+    for index in (0, 1):  # and 0 is current
+        param = nn.Parameter(full((48, 80), 0).to(f"cuda:{index}"))
+        exchange = ExchangeOptions(replica_group=None)
+        optimizer = FlashMuon([param], lr=0.05, exchange=exchange, cuda_graph=cuda_graph)
+        for step in range(4):
+            param.grad = full((48, 80), 1, step).to(param.device)
+            optimizer.step()
+        found.append(param.detach().cpu())
+    assert torch.equal(*found)
+    assert torch.cuda.current_device() == 0
 
 
 def test_rows_of_views() -> None:
