@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
+from flashns_dist.orthogonalize import METHODS, orthogonalize  # noqa: E402
 from flashns_dist.orthogonalize.gram import run_steps  # noqa: E402
 from flashns_dist.orthogonalize.kernels.combine import combine  # noqa: E402
 from flashns_dist.orthogonalize.kernels.interface import Multiple  # noqa: E402
@@ -346,6 +347,36 @@ def test_gram_space_refuses_what_does_not_fit():
         kernels.gram_space(torch.zeros(1, 129, 200, dtype=torch.float16), ROWS)
     with pytest.raises(ValueError, match="degree"):
         kernels.gram_space(torch.zeros(1, 4, 8, dtype=torch.float16), [(1.0, 2.0, 3.0, 4.0)])
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_a_float64_result_is_computed_in_fp32(dtype):
+    kernels = TritonKernels()
+    a, x = random(2, 40, 40, dtype=dtype) / 8, random(2, 40, 72, seed=1, dtype=dtype)
+    options = {"alpha": 0.7, "c": x, "beta": 2.0, "transpose": True}
+    expected = kernels.product(a, x, **options, dtype=torch.float32).double()
+    assert torch.equal(kernels.product(a, x, **options, dtype=torch.float64), expected)
+    out = torch.full_like(expected, torch.nan)
+    assert kernels.product(a, x, **options, out=out) is out
+    assert torch.equal(out, expected)
+    compiled = torch.compile(kernels.product, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, x, **options, dtype=torch.float64), expected)
+    out.fill_(torch.nan)
+    compiled(a, x, **options, out=out)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(2, 24, 40), (40, 24)])
+def test_float64_inputs_are_taken_in_every_iteration_dtype(method, shape):
+    x = random(*shape).double()
+    for dtype in (*HALF, torch.float32, None):
+        result = orthogonalize(x, method=method, dtype=dtype, backend="triton")
+        assert result.dtype == torch.float64
+        expected = orthogonalize(x, method=method, dtype=dtype, backend="torch")
+        assert error(result, expected) < {torch.bfloat16: 0.1, torch.float16: 2e-2}.get(dtype, 1e-3)
+    if CUDA:
+        assert orthogonalize(x, method=method).dtype == torch.float64
 
 
 def test_float64_is_refused_by_name():

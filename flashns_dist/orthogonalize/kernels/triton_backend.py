@@ -206,9 +206,22 @@ class TritonKernels:
         """See ``interface.Kernels.product``.
 
         ``column_scale`` is applied in a pass of its own over ``a``, whose result is rounded to
-        ``a.dtype``.
+        ``a.dtype``. A float64 result is computed in fp32.
         """
         _check_dtype("product", a.dtype)
+        if (dtype or x.dtype if out is None else out.dtype) == torch.float64:
+            result = self.product(
+                a,
+                x,
+                alpha=alpha,
+                c=c,
+                beta=beta,
+                shift=shift,
+                column_scale=column_scale,
+                transpose=transpose,
+                dtype=torch.float32,
+            )
+            return result.double() if out is None else out.copy_(result)
         batch, n, _ = a.shape
         m = x.shape[2]
         if out is None:
