@@ -16,9 +16,10 @@ class GraphedStep:
     """Runs a ``MatrixStep`` eagerly once, then captures it, then replays it.
 
     Where gradients, momenta and weights are, and learning rates, weight decays and momenta are read
-    from memory that every replay refreshes: they may change. Where another setting or the dtype of
-    the gradients changes, it is captured anew; a step that the fused kernels do not take runs
-    eagerly. The graph keeps its batches' memory until the object goes.
+    from memory that every replay refreshes: they may change. Where another setting, the dtype of
+    the gradients or the memory of a state by block changes, it is captured anew; a step that the
+    fused kernels do not take runs eagerly. The graph keeps its batches' memory until the object
+    goes.
 
     Args:
         step: With ``capture_problem`` None.

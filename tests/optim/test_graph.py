@@ -36,6 +36,10 @@ def train(cuda_graph: bool, settings: dict[str, object]) -> list[torch.Tensor]:
             # A second parameter without a gradient: another plan, another graph.
             param.grad = None if (step, index) == (4, 1) else sharded(shape, index)
             kept.append(param.grad)  # so that every step's gradients lie elsewhere
+        if step == 3:
+            for state in optimizer.state.values():
+                kept += state.values()
+                state.update({name: value.clone() for name, value in state.items()})
         optimizer.step()
     found = [p.detach().full_tensor() for p in params]
     found += [optimizer.state[p]["momentum_buffer"].full_tensor() for p in params]

@@ -236,3 +236,40 @@ def compare_through_failure() -> None:
 @pytest.mark.gpu
 def test_steps_after_a_capture_that_failed_see_their_own_gradients(interpreted: RankPool) -> None:
     interpreted.run(1, compare_through_failure)
+
+
+def count_captures(rule: str) -> list[int]:
+    """How often a step has been captured, after each of a few with states in other memory."""
+    count = 0
+
+    def captured(run: Callable[[], None]) -> Callable[[], None]:
+        nonlocal count
+        count += 1
+        return capture(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        observed(patch, Counter())
+        capture = graph.captured
+        patch.setattr(graph, "captured", captured)
+        param = nn.Parameter(torch.ones(24, 40, device=rank_device()))
+        optimizer = FlashMuon([param], lr=0.02, cuda_graph=True, update_rule=rule)
+        counts, kept = [], []
+        for step in range(6):
+            param.grad = torch.ones_like(param)
+            state = optimizer.state[param]
+            if step in (3, 4):
+                kept += state.values()
+                state.update({name: value.clone() for name, value in state.items()})
+            optimizer.step()
+            counts.append(count)
+    return counts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rule", "counts"), [("muon", [0, 1, 1, 1, 1, 1]), ("normuon", [0, 1, 1, 2, 3, 3])]
+)
+def test_states_by_block_in_other_memory_are_captured_anew(
+    interpreted: RankPool, rule: str, counts: list[int]
+) -> None:
+    assert interpreted.run(1, count_captures, rule) == [counts]

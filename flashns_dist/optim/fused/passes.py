@@ -66,6 +66,7 @@ class FusedPasses:
         self._groups = groups
         self._device = bound[0].local(bound[0].storage).device
         self._kinds: dict[tuple[int, tuple[int, int]], int] = {}
+        self._block_states = [self._names_of_block_states(each) for each in bound]
         self._made_for = self._fixed(groups, self._weights())
         self.not_fused: list[str] = []
         self._buckets = [self._bucket(bucket, stacks) for bucket, stacks in enumerate(batches)]
@@ -75,6 +76,7 @@ class FusedPasses:
         self.permission = torch.ones(1, dtype=torch.int32, device=self._device)
         self._gradient_dtype: torch.dtype | None = torch.float32
         self._is_aligned = True
+        self._block_addresses: list[int] = []
         self._later: list[tuple[Tensor, list[Any]]] | None = None
         self._uploaded: dict[int, list[Any]] = {}
         self._launches: Any = _launch_table(16 * len(batches)) if self.num_fused else None
@@ -181,6 +183,12 @@ class FusedPasses:
         key = (self._bound[tensor].group_index, block.shape)
         return self._kinds.setdefault(key, len(self._kinds))
 
+    def _names_of_block_states(self, bound: BoundParameter) -> list[str]:
+        """States that rules read and write where they lie, not through the tables."""
+        group = self._groups[bound.group_index]
+        rule = MATRIX_RULES[group["update_rule"]]
+        return sorted({name for block in bound.blocks for name in rule.block_states(group, block)})
+
     def _weights(self) -> list[Tensor]:
         return [bound.local(bound.storage) for bound in self._bound]
 
@@ -226,6 +234,11 @@ class FusedPasses:
         usable = usable and self._fixed(groups, weights) == self._made_for
         self._gradient_dtype = (dtypes or {torch.float32}).pop() if usable else None
         self._is_aligned = all(address % 16 == 0 for row in addresses for address in row)
+        self._block_addresses = [
+            state[bound.storage][name].data_ptr()
+            for bound, names in zip(self._bound, self._block_states, strict=True)
+            for name in names
+        ]
         self._upload(self._parameters, addresses)
         self._upload(self._factors, [self._factors_of(*kind) for kind in self._kinds] or [[0] * 7])
 
@@ -242,7 +255,7 @@ class FusedPasses:
         for group in (self._groups[index] for index in indices):
             keys = (*_CAPTURED, *sorted(MATRIX_RULES[group["update_rule"]].settings))
             settings += [repr(group[key]) for key in keys]
-        return self._gradient_dtype, self._is_aligned, *settings
+        return self._gradient_dtype, self._is_aligned, *self._block_addresses, *settings
 
     @property
     def num_fused(self) -> int:
