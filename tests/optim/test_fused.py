@@ -187,6 +187,8 @@ def step_with_other_memory(kind: str) -> None:
             state = optimizer.state[param]
             if kind == "momentum":
                 state["momentum_buffer"] = state["momentum_buffer"].T.contiguous().T
+            elif kind == "momentum's dtype":
+                state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
             else:
                 param.data = param.data.bfloat16()
         found.append(param)
@@ -210,9 +212,28 @@ def step_with_pending_gradients() -> None:
     assert torch.equal(param.to_local(), alone)
 
 
-@pytest.mark.parametrize("kind", ["momentum", "weight"])
+@pytest.mark.parametrize("kind", ["momentum", "momentum's dtype", "weight"])
 def test_other_strides_and_dtypes_go_the_other_way(interpreted: RankPool, kind: str) -> None:
     interpreted.run(1, step_with_other_memory, kind)
+
+
+def step_with_a_momentum_elsewhere() -> None:
+    launched = count_and_fuse_only_sharded()
+    param = torch.nn.Parameter(full((20, 36), 0))
+    optimizer = FlashMuon([param], lr=0.05)
+    param.grad = full((20, 36), 1)
+    optimizer.step()
+    kept = param.detach().clone()
+    state = optimizer.state[param]
+    state["momentum_buffer"] = state["momentum_buffer"].to("meta")
+    with pytest.raises(RuntimeError, match="same device|meta"):
+        optimizer.step()
+    assert launched["momentum_kernel"] == 1
+    assert torch.equal(param, kept)
+
+
+def test_a_momentum_on_another_device_is_torchs_error(interpreted: RankPool) -> None:
+    interpreted.run(1, step_with_a_momentum_elsewhere)
 
 
 def test_gradients_are_waited_for(interpreted: RankPool) -> None:

@@ -229,6 +229,9 @@ class FusedPasses:
             momentum = bound.local(state[bound.storage]["momentum_buffer"])
             if weight.is_contiguous() and not momentum.is_contiguous():  # as loaded
                 dtypes.add(None)
+            kept = torch.promote_types(weight.dtype, torch.float32), weight.device
+            if (momentum.dtype, momentum.device) != kept:  # as the kernels take it
+                dtypes.add(None)
             addresses.append((found, momentum.data_ptr(), weight.data_ptr()))
         usable = len(dtypes) <= 1 and dtypes <= {*_DTYPES}
         usable = usable and self._fixed(groups, weights) == self._made_for
