@@ -122,10 +122,15 @@ class TorchEngine:
 
     def load(self, path: Path) -> None:
         """See `Engine`."""
+        groups = [group for instance in self.optimizers for group in instance.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         load_checkpoint(path, self.raw_model, self.optimizers)
+        # From this run's arguments, so that a resumed run can change them; as the learning rates.
+        groups = [group for instance in self.optimizers for group in instance.param_groups]
+        for group, values in zip(groups, settings, strict=True):
+            group.update(values)
 
     def _set_learning_rates(self, factor: float) -> None:
-        # From this run's arguments, so that a resumed run can change them.
         for instance, rates in zip(self.optimizers, self._rates, strict=True):
             for group, rate in zip(instance.param_groups, rates, strict=True):
                 group["lr"] = rate * factor

@@ -210,6 +210,12 @@ def test_resume_keeps_the_settings_of_the_run(launcher, single):
     assert losses(resumed)[1:] != losses(single)[HALF + 1 :]
 
 
+def test_a_resumed_run_may_have_another_weight_decay(launcher, single):
+    resumed = launcher.resume(checkpoint(single, HALF), "--weight-decay", "5", name="other-decay")
+    assert losses(resumed)[0] == losses(single)[HALF]
+    assert losses(resumed)[1:] != losses(single)[HALF + 1 :]
+
+
 @pytest.mark.parametrize(
     ("extra", "error", "message"),
     [
