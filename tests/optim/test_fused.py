@@ -20,6 +20,7 @@ from flashns_dist import ExchangeOptions, FlashMuon
 from flashns_dist.optim import calibration, flash_muon
 from flashns_dist.optim.fused import passes
 from flashns_dist.optim.fused.rows import Rows, matched, rows_of
+from flashns_dist.optim.fused.tables import matched_pieces
 from flashns_dist.plan import CostModel
 from flashns_dist.testing.gpus import has_gpus
 from flashns_dist.testing.pool import RankPool, rank_device
@@ -357,3 +358,10 @@ def test_matched_rows() -> None:
     assert matched(rows, run) == (rows, Rows(5, 3, 4, 4))
     assert matched(rows, rows) == (rows, rows)
     assert matched(rows, Rows(0, 2, 6, 8)) is None
+
+
+def test_pieces_that_int32_cannot_count_are_not_taken() -> None:
+    large, longer = Rows(0, 2**15, 2**16 - 2, 2**16), Rows(0, 2**15, 2**16, 2**16)
+    run = Rows(7, 1, large.numel, large.numel)
+    assert matched_pieces([(0, large, 1, run, 3)]) == [(0, large, 1, matched(run, large)[0], 3)]  # type: ignore[index]
+    assert matched_pieces([(0, large, 1, large, 0), (0, longer, 1, longer, 0)]) is None

@@ -15,6 +15,9 @@ GATHER_SEND, GATHER_RECEIVE, SCATTER_SEND, SCATTER_RECEIVE, FIRST_BATCH = range(
 BLOCK = 4096
 """Elements of a program."""
 
+MAX_NUMEL = 2**31 - 1
+"""Elements of a piece, which the kernels count in int32."""
+
 
 Piece = tuple[int, Rows, int, Rows, int]
 """Number of the one memory and the rows there, of the other and there, and the piece's kind."""
@@ -93,11 +96,11 @@ def segment_rows(segment: Segment) -> Rows:
 def matched_pieces(
     entries: Sequence[tuple[int, Rows | None, int, Rows | None, int]],
 ) -> list[Piece] | None:
-    """Pieces cut alike in both memories; None where one of them cannot be."""
+    """Pieces cut alike in both memories; None where one of them cannot be, or is too large."""
     found: list[Piece] = []
     for one, at_one, other, at_other, kind in entries:
         pair = None if at_one is None or at_other is None else matched(at_one, at_other)
-        if pair is None:
+        if pair is None or pair[0].numel > MAX_NUMEL:
             return None
         if pair[0].numel:
             found.append((one, pair[0], other, pair[1], kind))
