@@ -25,6 +25,7 @@ from flashns_dist.optim.settings import (
     rule_settings,
 )
 from flashns_dist.optim.step import matrices_of, plan_matrices
+from flashns_dist.orthogonalize import check_backend
 from flashns_dist.plan import CostModel, Matrix, Plan
 
 
@@ -206,7 +207,9 @@ class Setup:
             RuntimeError: Ranks disagree about parameters, settings, layouts or plans, or another
                 rank has an error.
             NotImplementedError: An update rule cannot take a layout.
-            ValueError: A setting is out of range, or no plan fits into the options' memory.
+            ValueError: A setting is out of range or does not fit the device, or no plan fits into
+                the options' memory.
+            ImportError: A backend is not installed.
         """
         error = self._own_error(state)
         unfit: ValueError | None = None
@@ -243,8 +246,12 @@ class Setup:
                 if bound.problem is not None:
                     raise NotImplementedError(bound.problem)
                 if is_matrix_rule(group):
-                    MATRIX_RULES[group["update_rule"]].check_layout(bound, group)
-        except (ValueError, NotImplementedError) as error:
+                    rule = MATRIX_RULES[group["update_rule"]]
+                    rule.check_layout(bound, group)
+                    if rule.travels:
+                        device = bound.local(bound.storage).device
+                        check_backend(group["backend"], device, group["ns_dtype"])
+        except (ValueError, NotImplementedError, ImportError) as error:
             return error
         return None
 

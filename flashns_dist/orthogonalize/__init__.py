@@ -16,7 +16,7 @@ from flashns_dist.orthogonalize.coefficients import (
     resolve_coefficients,
 )
 from flashns_dist.orthogonalize.cost import choose_method, flop_count
-from flashns_dist.orthogonalize.entry import CoefficientsLike, orthogonalize
+from flashns_dist.orthogonalize.entry import CoefficientsLike, check_backend, orthogonalize
 from flashns_dist.orthogonalize.methods import METHODS
 from flashns_dist.orthogonalize.solver import polar_express
 from flashns_dist.orthogonalize.workspace import workspace_bytes
@@ -33,6 +33,7 @@ __all__ = [
     "YOU",
     "Coefficients",
     "CoefficientsLike",
+    "check_backend",
     "choose_method",
     "flop_count",
     "orthogonalize",

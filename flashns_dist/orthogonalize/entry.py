@@ -62,7 +62,8 @@ def orthogonalize(
 
     Raises:
         ValueError: If ``x`` has fewer than two dimensions or another dtype, or if ``method``,
-            ``coefficients``, ``dtype`` or ``backend`` is unknown or does not fit the others.
+            ``coefficients``, ``dtype`` or ``backend`` is unknown or does not fit the others or the
+            device.
         ImportError: If the backend asked for is not installed.
     """
     if torch.compiler.is_compiling():
@@ -70,6 +71,21 @@ def orthogonalize(
         compiled: Tensor = operator(x, method, *_flatten(coefficients), dtype, backend)
         return compiled
     return _orthogonalize(x, method, coefficients, dtype, backend)
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise what ``orthogonalize`` would for matrices on a device, without any.
+
+    Args:
+        backend: As ``orthogonalize`` takes.
+        device: Where they would be.
+        dtype: As ``orthogonalize`` takes.
+
+    Raises:
+        ValueError: If the backend is unknown, or takes no such device or dtype.
+        ImportError: If it is not installed.
+    """
+    get_kernels(backend, device=device, shape=(1, 1, 1), dtype=dtype or _default_dtype(device))
 
 
 def _orthogonalize(
@@ -90,7 +106,7 @@ def _orthogonalize(
         raise ValueError(f"backend={backend!r} is unknown. Choose one of {', '.join(BACKENDS)}.")
     rows, columns = x.shape[-2:]
     chosen = None if coefficients is None else _coefficients(method, coefficients)
-    iteration_dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.float16)
+    iteration_dtype = dtype or _default_dtype(x.device)
     name = method
     if method == "auto":
         name = choose_method(rows, columns, chosen, iteration_dtype)
@@ -115,6 +131,11 @@ def _orthogonalize(
     with _without_autocast(x.device.type):
         results = [repeated(kernels, settings, iterate, batch) for batch in batches]
     return torch.cat(results).reshape(x.shape) if len(results) > 1 else results[0].reshape(x.shape)
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    """Of the iteration, where none is asked for."""
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

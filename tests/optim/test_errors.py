@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
-from flashns_dist.optim import binding
+from flashns_dist.optim import binding, setup
 from flashns_dist.optim.options import check_exchange
 from flashns_dist.testing.pool import RankPool, rank_device
 
@@ -210,6 +210,58 @@ def expect_error(optimizer: FlashMuon, kinds: tuple[type[Exception], ...], *word
     assert all(word in text for word in words), text
     after = snapshot(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"backend": "triton"}, ["backend='triton'", "TRITON_INTERPRET=1"]),
+        ({"backend": "triton", "ns_dtype": torch.float64}, ["backend='triton'", "float64"]),
+        ({"backend": "quack"}, ["backend='quack'", "backend='auto'"]),
+        ({"backend": "quack", "update_rule": "normuon"}, ["backend='quack'", "backend='auto'"]),
+    ],
+)
+def test_a_backend_that_cannot_run_is_found_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: list[str]
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from flashns_dist.orthogonalize.kernels import triton_interpreter
+
+    monkeypatch.setattr(triton_interpreter, "interpreting", lambda: False)
+    param = matrix()
+    param.grad = torch.ones_like(param)
+    optimizer = FlashMuon([param], **settings)
+    for _ in range(2):
+        expect_error(optimizer, (ValueError, ImportError), *words)
+    optimizer.param_groups[0]["backend"] = "auto"
+    optimizer.step()
+    optimizer.param_groups[0].update(settings)
+    expect_error(optimizer, (ValueError, ImportError), *words)
+
+
+def test_the_backend_of_a_rule_that_does_not_orthogonalize_does_not_matter() -> None:
+    param = matrix()
+    param.grad = torch.ones_like(param)
+    FlashMuon([param], update_rule="dion", backend="quack", ns_dtype=torch.float64).step()
+
+
+def one_rank_lacks_a_backend() -> None:
+    named = with_gradients(sharded([torch.ones(6, 8)]))
+    optimizer = FlashMuon(named)
+    if dist.get_rank() == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "check_backend", missing)
+            expect_error(optimizer, (ImportError,), "not installed")
+    else:
+        expect_error(optimizer, (RuntimeError,), "rank 1", "not installed")
+
+
+def missing(*_: object) -> None:
+    raise ImportError("quack is not installed")
+
+
+def test_a_backend_that_one_rank_lacks_stops_every_rank(ranks: RankPool) -> None:
+    ranks.run(2, one_rank_lacks_a_backend)
 
 
 def sharded(values: list[Tensor]) -> list[tuple[str, nn.Parameter]]:

@@ -35,7 +35,7 @@ def get_kernels(
         dtype: Of the iteration.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the backend takes no such device or dtype.
         ImportError: If the backend's package is not installed.
     """
     if name == "auto":
@@ -44,7 +44,27 @@ def get_kernels(
             return load_backend("torch")
         chosen = importlib.import_module(select).choose(device, shape, dtype)
         return load_backend(chosen) if isinstance(chosen, str) else chosen
-    return load_backend(name)
+    kernels = load_backend(name)
+    if name != "torch":
+        _check_triton(name, device, dtype)
+    return kernels
+
+
+def _check_triton(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError where Triton, or quack with it, cannot iterate on a device in a dtype."""
+    if dtype == torch.float64:
+        raise ValueError(
+            f"backend={name!r} does not iterate in {dtype}. Use float16, bfloat16 or float32, or "
+            "backend='auto' or 'torch'."
+        )
+    if device.type != "cpu" or importlib.util.find_spec("triton") is None:
+        return
+    module = importlib.import_module(f"{__name__}.triton_interpreter")
+    if not module.interpreting():
+        raise ValueError(
+            f"backend={name!r} cannot compute on the CPU: Triton needs a GPU, or its interpreter "
+            "(TRITON_INTERPRET=1 in the environment). Use backend='auto' or 'torch'."
+        )
 
 
 @cache
@@ -55,12 +75,12 @@ def load_backend(name: str) -> Kernels:
     module, attribute, install = _BACKENDS[name]
     try:
         backend = importlib.import_module(f"{__name__}.{module}")
+        kernels: Kernels = getattr(backend, attribute)()
     except ImportError as error:
         raise ImportError(
-            f"backend={name!r} cannot be imported here ({error}). Install it with "
-            f"{install}, or use backend='auto' or 'torch'."
+            f"backend={name!r} cannot be used here: {error}. It comes with {install}; or use "
+            "backend='auto' or 'torch'."
         ) from error
-    kernels: Kernels = getattr(backend, attribute)()
     return kernels
 
 
