@@ -153,18 +153,21 @@ def _coefficients(method: str, coefficients: CoefficientsLike) -> Coefficients:
 
 
 Flattened: TypeAlias = tuple[
-    str, list[float], list[int], str, float, float | None, list[int] | None
+    str | None, list[float], list[int] | None, str, float, float | None, list[int] | None
 ]
 
 
 def _flatten(coefficients: CoefficientsLike | None) -> Flattened:
-    """Coefficients as an operator's arguments: name, numbers, lengths of rows, and the rest."""
+    """Coefficients as an operator's arguments: name, numbers, lengths of rows, and the rest.
+
+    What is not given is None; the operator refuses empty names and rows, as outside of it.
+    """
     if coefficients is None or isinstance(coefficients, str):
-        return coefficients or "", [], [], "", 1.0, None, None
+        return coefficients, [], None, "", 1.0, None, None
     if not isinstance(coefficients, Coefficients):
         rows = [list(row) for row in coefficients]
         numbers = [float(value) for row in rows for value in row]
-        return "", numbers, [len(row) for row in rows], "", 1.0, None, None
+        return None, numbers, [len(row) for row in rows], "", 1.0, None, None
     numbers = [value for row in coefficients.rows for value in row]
     restarts = None if coefficients.restarts is None else list(coefficients.restarts)
     return (
@@ -183,9 +186,9 @@ def _flatten(coefficients: CoefficientsLike | None) -> Flattened:
 def _orthogonalize_op(
     x: Tensor,
     method: str,
-    name: str,
+    name: Optional[str],  # noqa: UP045
     numbers: Sequence[float],
-    lengths: Sequence[int],
+    lengths: Optional[Sequence[int]],  # noqa: UP045
     normalization: str,
     safety: float,
     lower_bound: Optional[float],  # noqa: UP045
@@ -193,12 +196,12 @@ def _orthogonalize_op(
     dtype: Optional[torch.dtype],  # noqa: UP045
     backend: str,
 ) -> Tensor:
-    coefficients: CoefficientsLike | None = name or None
-    if lengths:
+    coefficients: CoefficientsLike | None = name
+    if lengths is not None:
         values = iter(numbers)
         rows = tuple(tuple(next(values) for _ in range(length)) for length in lengths)
         coefficients = rows
-        if normalization:
+        if name is not None:
             positions = None if restarts is None else tuple(restarts)
             coefficients = Coefficients(name, rows, normalization, safety, lower_bound, positions)
     return _orthogonalize(x, method, coefficients, dtype, backend).contiguous()

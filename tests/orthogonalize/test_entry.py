@@ -1,5 +1,6 @@
 """The public function: shapes, dtypes, scales, batches, and what it refuses."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -256,6 +257,20 @@ def test_torch_compile_takes_all_kinds_of_coefficients(coefficients):
     assert torch.equal(compiled(x), call(x))
 
 
+@pytest.mark.parametrize("coefficients", ["", [], (), [[]]])
+def test_empty_coefficients_are_refused_under_torch_compile_too(coefficients):
+    x = gaussian(8, 12)
+
+    def call(t):
+        return orthogonalize(t, method="gram", coefficients=coefficients)
+
+    with pytest.raises(ValueError) as caught:
+        call(x)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=re.escape(str(caught.value))):
+        compiled(x)
+
+
 def test_the_operator_for_torch_compile_is_well_formed():
-    arguments = (gaussian(3, 8, 5), "gram", "", [], [], "", 1.0, None, None, None, "auto")
+    arguments = (gaussian(3, 8, 5), "gram", None, [], None, "", 1.0, None, None, None, "auto")
     torch.library.opcheck(torch.ops.flashns_dist.orthogonalize.default, arguments)
