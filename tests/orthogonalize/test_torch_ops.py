@@ -99,3 +99,19 @@ def test_users_settings_of_cublas_come_back():
         assert [getattr(matmul, name) for name in names] == [False, before[1]]
     finally:
         matmul.allow_fp16_reduced_precision_reduction = before[0]
+
+
+def test_settings_of_cublas_come_back_after_the_last_of_several_threads():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    first, second = exact_sums(), exact_sums()  # as two threads would
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        second.__exit__(None, None, None)
+        assert matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before

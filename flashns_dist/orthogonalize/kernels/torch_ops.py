@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,18 +20,34 @@ _INEXACT = (
 _CUBLAS_WIDENS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
+_lock = threading.Lock()
+_switched_off: list[str] = []
+_num_inside = 0
+
+
 @contextmanager
 def exact_sums() -> Iterator[None]:
-    """cuBLAS adds half products in fp32; by default it may add parts of a sum in fp16."""
+    """cuBLAS adds half products in fp32; by default it may add parts of a sum in fp16.
+
+    The switches are the process's: the first thread that enters turns them off, and the last one
+    that leaves turns on again what was on.
+    """
+    global _num_inside
     matmul = torch.backends.cuda.matmul
-    allowed = [name for name in _INEXACT if getattr(matmul, name, False)]
-    for name in allowed:
-        setattr(matmul, name, False)
+    with _lock:
+        if _num_inside == 0:
+            _switched_off[:] = [name for name in _INEXACT if getattr(matmul, name, False)]
+            for name in _switched_off:
+                setattr(matmul, name, False)
+        _num_inside += 1
     try:
         yield
     finally:
-        for name in allowed:
-            setattr(matmul, name, True)
+        with _lock:
+            _num_inside -= 1
+            if _num_inside == 0:
+                for name in _switched_off:
+                    setattr(matmul, name, True)
 
 
 class TorchKernels:
