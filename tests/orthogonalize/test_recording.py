@@ -361,6 +361,31 @@ def test_other_threads_are_not_recorded():
     assert len(found._steps) == 3
 
 
+def test_threads_that_record_the_same_call_leave_one_idle_recording():
+    recordings = new_recordings()
+    recordings.call(0, chain, numbers())
+    both = threading.Barrier(2, timeout=60)
+
+    def body(x):
+        both.wait()  # so that neither finds the other's recording
+        return chain(x)
+
+    threads = [
+        threading.Thread(target=recordings.call, args=(0, body, numbers())) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (found,) = recordings._known.values()
+    assert recordings._idle == {id(found)}
+    (key,) = recordings._known
+    recordings._keep(key, 1)  # by a thread that has made the first call
+    assert recordings._known[key] is found
+    recordings.call(0, body, numbers())
+    assert not recordings._idle
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnDevice:

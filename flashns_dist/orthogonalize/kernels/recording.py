@@ -375,7 +375,6 @@ class Recordings:
         del result
         repeated = recording(x, spoil=True)
         if torch.equal(expected, _sums(repeated)):
-            self._idle.add(id(recording))
             self._keep(key, recording)
             return repeated
         warnings.warn(
@@ -388,11 +387,22 @@ class Recordings:
         return function(x)
 
     def _keep(self, key: Hashable, known: Recording | int | None) -> None:
+        """Note what is known of a key; a number of calls does not replace a recording.
+
+        Another thread may have made one since this one looked.
+        """
         with self._lock:
             if key not in self._known:
                 while len(self._known) >= self._limit:
                     self._idle.discard(id(self._known.pop(next(iter(self._known)))))
+            before = self._known.get(key)
+            if isinstance(before, Recording):
+                if isinstance(known, int):
+                    return
+                self._idle.discard(id(before))
             self._known[key] = known
+            if isinstance(known, Recording):
+                self._idle.add(id(known))
 
 
 def _sums(t: Tensor) -> Tensor:
