@@ -212,6 +212,23 @@ def test_a_recording_that_misses_a_launch_is_refused():
     assert call.calls == 6
 
 
+def test_a_call_whose_result_is_not_finite_is_not_recorded():
+    recordings, call = new_recordings(), Call(chain)
+    spoilt = numbers(0)
+    spoilt[3] = torch.nan
+    for seed in range(5):
+        x = spoilt if seed == 1 else numbers(seed)
+        result = recordings.call(0, call, x)
+        assert torch.equal(result.nan_to_num(7.0), chain(x).nan_to_num(7.0))
+        assert len(recordings) == (seed > 1)
+    assert call.calls == 3
+    for _ in range(6):
+        recordings.call(1, call, spoilt)
+    for seed in range(3):  # after as many attempts as there are
+        recordings.call(1, call, numbers(seed))
+    assert (call.calls, len(recordings)) == (12, 1)
+
+
 def test_memory_beside_the_input_is_not_taken_for_a_part_of_it():
     block = torch.cat([numbers(0), numbers(1), numbers(2)])
     constant = block[SIZE : 2 * SIZE]

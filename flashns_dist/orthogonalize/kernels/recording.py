@@ -8,7 +8,7 @@ in the input or in what was allocated. Later calls allocate and launch, nothing 
 
 A recording is kept if it consists of launches that ``triton_prepared`` repeats and of torch's
 operations on tensors (cuBLAS products, say), and if it gives the result of the call that it was
-made from (sums of rows, to the bit), in memory that was filled with NaN before.
+made from (sums of rows, to the bit, all finite), in memory that was filled with NaN before.
 Otherwise calls go on as they did.
 """
 
@@ -372,9 +372,11 @@ class Recordings:
             return result
         # Sums instead of the result itself, whose memory is needed.
         expected = _sums(result)
+        if not expected.isfinite().all():  # what memory was filled with would not show
+            return result
         del result
         repeated = recording(x, spoil=True)
-        if torch.equal(expected, _sums(repeated)):
+        if torch.equal(_bits(expected), _bits(_sums(repeated))):
             self._keep(key, recording)
             return repeated
         warnings.warn(
@@ -406,12 +408,17 @@ class Recordings:
 
 
 def _sums(t: Tensor) -> Tensor:
-    """The sums of a tensor's rows, as bits: what is the same has the same.
+    """The sums of a tensor's rows, in fp32 or fp64: what is the same has the same.
 
     Not of its columns: CUDA reduces these in a buffer as large as the tensor.
     """
     dtype = torch.promote_types(t.dtype, torch.float32)  # converted as it is read
-    return t.sum(-1, dtype=dtype).view(torch.int64 if dtype == torch.float64 else torch.int32)
+    return t.sum(-1, dtype=dtype)
+
+
+def _bits(sums: Tensor) -> Tensor:
+    """Floats as integers, which tell -0 from 0."""
+    return sums.view(torch.int64 if sums.dtype == torch.float64 else torch.int32)
 
 
 def repeated(
