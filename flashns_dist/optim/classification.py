@@ -26,7 +26,7 @@ _HEAD = re.compile(
     r"|^(module\.)?fc$"
 )
 _ROUTER = re.compile(r"(^|\.)(router|gating|wg|score_gate)(\.|$)")
-_GATE = re.compile(r"(^|\.)gate(\.|$)")
+_GATE = re.compile(r"^((?!experts?\.)[^.]+\.)*gate(\.|$)")  # not an expert's own
 _GATE_UP = re.compile(r"(^|\.)gate_up_proj$")
 _FUSED = re.compile(
     r"(^|[._])(w?qkv\w*|query_key_value|c_attn|in_proj|kv_b_proj|gate_up\w*|w13)$", re.IGNORECASE
@@ -96,7 +96,7 @@ def parameter_groups(
     Auxiliary are: everything below two dims or with a dim of one (norms, scalars), biases of any
     shape, embeddings and learned tokens, output heads (by name, tied to an embedding, or an
     ``nn.Linear`` with as many outputs as an embedding has rows: where that is a hidden width too,
-    only the one that has them), routers (a ``gate`` with fewer rows than columns is one), Mamba's
+    only the one that has them), routers (a ``gate`` outside of experts with fewer rows than columns is one), Mamba's
     ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
     orthogonalized. Works before and after sharding (DTensors keep their global shape), but not on
     the flat parameters of ``FullyShardedDataParallel``: use ``fully_shard``.
@@ -293,7 +293,8 @@ def _classify(
         return "adamw", "norm by name"
     if local_name == "A_log":
         return "adamw", "decay by name"
-    if _ROUTER.search(full) or (_GATE.search(full) and shape[-2] < shape[-1]):
+    is_low = len(shape) == 2 and shape[0] < shape[1]
+    if _ROUTER.search(full) or (is_low and _GATE.search(full)):
         return "adamw", "router by name"
     if _HEAD.search(full):
         return "adamw", "output head by name"

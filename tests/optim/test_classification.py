@@ -98,6 +98,8 @@ NAMES = {
     "layers.0.mixer.A_log": ((16, 4), "decay by name"),
     "layers.0.mlp.gate.weight": ((4, 8), ROUTED),
     "layers.0.ffn.gate.weight": ((16, 8), "matrix"),
+    "layers.0.experts.3.gate.weight": ((4, 8), "matrix"),
+    "layers.0.experts.gate": ((2, 4, 8), "stack of matrices"),
     "layers.0.attention.gate.weight": ((8, 8), "matrix"),
     "layers.0.moe.router.weight": ((16, 8), ROUTED),
     "layers.0.moe.gating.weight": ((16, 8), ROUTED),
