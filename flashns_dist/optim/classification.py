@@ -96,9 +96,9 @@ def parameter_groups(
     Auxiliary are: everything below two dims or with a dim of one (norms, scalars), biases of any
     shape, embeddings and learned tokens, output heads (by name, tied to an embedding, or an
     ``nn.Linear`` with as many outputs as an embedding has rows: where that is a hidden width too,
-    only the one that has them), routers (a ``gate`` outside of experts with fewer rows than columns is one), Mamba's
-    ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert matrices, are
-    orthogonalized. Works before and after sharding (DTensors keep their global shape), but not on
+    only the one that has them), routers (a ``gate`` outside of experts with fewer rows than columns
+    is one), Mamba's ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert
+    matrices, are orthogonalized. Works before and after sharding (DTensors keep their global shape), but not on
     the flat parameters of ``FullyShardedDataParallel``: use ``fully_shard``.
 
     Which parts of a fused weight are matrices is found where it is certain: the projections of

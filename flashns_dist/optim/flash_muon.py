@@ -330,14 +330,13 @@ class FlashMuon(Optimizer):
             self._unbind()
         if not self._bound:
             self._bind()
-        while self._bound and not self._run_on_device():
+        while self._bound:
+            with on_device_of(self._bound[0]):  # where kernels are launched
+                is_done = self._run_step()
+            if is_done:
+                break
             self._bind()
         return loss
-
-    def _run_on_device(self) -> bool:
-        """``_run_step``, whose kernels and graphs are launched on the current device."""
-        with on_device_of(self._bound[0]):
-            return self._run_step()
 
     def _run_step(self) -> bool:
         """A step of the bound parameters, unless some rank has others now: then nothing."""
