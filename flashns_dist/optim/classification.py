@@ -98,8 +98,8 @@ def parameter_groups(
     ``nn.Linear`` with as many outputs as an embedding has rows: where that is a hidden width too,
     only the one that has them), routers (a ``gate`` outside of experts with fewer rows than columns
     is one), Mamba's ``A_log``, and convolutions. All other 2-D parameters, and 3-D stacks of expert
-    matrices, are orthogonalized. Works before and after sharding (DTensors keep their global shape), but not on
-    the flat parameters of ``FullyShardedDataParallel``: use ``fully_shard``.
+    matrices, are orthogonalized. Works before and after sharding (DTensors keep their global
+    shape), but not on the flat parameters of ``FullyShardedDataParallel``: use ``fully_shard``.
 
     Which parts of a fused weight are matrices is found where it is certain: the projections of
     ``nn.MultiheadAttention``, the gates of ``nn.LSTM`` and ``nn.GRU`` (and their cells), a
