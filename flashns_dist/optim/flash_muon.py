@@ -286,6 +286,7 @@ class FlashMuon(Optimizer):
             lambda: self.param_groups,
             self.exchange_options,
             self.cuda_graph,
+            nonfinite=self.nonfinite,
             has_adapter=self._adapter is not None,
         )
         self._early.bind(self, self._bound, self._setup.matrices)

@@ -37,6 +37,7 @@ class Setup:
         groups: Answers the optimizer's present ``param_groups``.
         options: How matrices travel.
         cuda_graph: Whether steps are replayed.
+        nonfinite: What is done with non-finite gradients.
         has_adapter: Whether a framework keeps other tensors in the groups than were bound.
     """
 
@@ -47,6 +48,7 @@ class Setup:
         options: ExchangeOptions,
         cuda_graph: bool,
         *,
+        nonfinite: str,
         has_adapter: bool = False,
     ) -> None:
         self.bound = bound
@@ -55,6 +57,7 @@ class Setup:
         self._options = options
         self._costs: dict[tuple[int, ...], CostModel | None] = {}
         self._plans: dict[tuple[int, ...], tuple[Plan, list[Matrix]]] = {}
+        self._nonfinite = nonfinite
         self._has_adapter = has_adapter
         self._planned = self._plan_settings()
         self._params = self._present_params()
@@ -323,6 +326,7 @@ class Setup:
             self._facts(group),
             self._kind(group),
             self._exchanged,
+            self._nonfinite,
         )
         return f"{':'.join(map(str, facts))}:{hash(bound.blocks)}"
 

@@ -346,6 +346,7 @@ def different_scalars() -> None:
         {"momentum": [0.9, 0.8]},
         {"weight_decay": [0.1, 0.0]},
         {"nesterov": [True, False]},
+        {"nonfinite": ["raise", "skip"]},
         {"cautious": [True, False]},
         {"adjust_lr_fn": ["original", "none"]},
         {"adjust_lr_fn": scales},
