@@ -9,6 +9,7 @@ from flashns_dist.exchange.agreement import (
 from flashns_dist.exchange.exchange import Exchange, Transfer, connect
 from flashns_dist.exchange.narrowing import Narrowing, Selection, borders, matrix_box
 from flashns_dist.exchange.reduction import reduce_largest_, reduce_sum_
+from flashns_dist.exchange.rounds import rounds_needed
 from flashns_dist.exchange.schedule import Route, Schedule, Segment, make_schedule
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "matrix_box",
     "reduce_largest_",
     "reduce_sum_",
+    "rounds_needed",
 ]

@@ -14,6 +14,7 @@ from flashns_dist.exchange import (
     explain_on_every_rank,
     gather_flags,
     reduce_largest_,
+    rounds_needed,
 )
 from flashns_dist.layout import Layout
 from flashns_dist.optim.binding import BoundParameter
@@ -60,7 +61,8 @@ def agree_on_gradients(
 
     Collectives: one small ``all_reduce`` on each process group, from the smallest to the largest so
     that what one group finds reaches the others; where none spans the world, one more on each, back
-    to the smallest; more only where ranks differ. Waits for the device once per process group.
+    to the smallest, and so on for as many rounds as are needed; more only where ranks differ. Waits
+    for the device once per process group.
 
     Args:
         bound: All parameters.
@@ -108,7 +110,7 @@ def agree_on_gradients(
         flags[_BAD_VALUE] = max(flags[_BAD_VALUE], float(bool(nonfinite)))
         flags[_ERROR] = max(flags[_ERROR], float(error is not None))
     groups = [bound[indices[0]].process_group for indices in members]
-    flags = _back(flags, groups, device)
+    flags = _spread(flags, groups, device, settings.rounds)
     if flags[_ERROR]:
         _raise(error, groups, several=bool(flags[_SEVERAL]))
     return Verdict(
@@ -129,27 +131,46 @@ class Settings:
         numbers: Of each process group's parameters: equal where their settings are.
         is_outdated: Whether groups have other parameters, or other settings that plans depend on,
             than those that were bound.
+        rounds: See ``rounds_of``.
         compare: Compares the settings of a process group's parameters, by their indices, across
             its ranks. Raises RuntimeError, naming where they differ.
     """
 
     numbers: Sequence[float]
     is_outdated: bool
+    rounds: int
     compare: Callable[[Sequence[int]], None]
 
 
+def rounds_of(groups: Sequence[dist.ProcessGroup | None]) -> int:
+    """How often flags must go through the groups and back, to reach every rank.
+
+    Collectives: none where a group spans the world, else those of ``rounds_needed``.
+
+    Args:
+        groups: This rank's, sorted by size, then by ranks.
+    """
+    if _spans_world(groups[-1]):
+        return 1
+    return rounds_needed([group for group in groups if group is not None])
+
+
 def raise_together(
-    groups: Sequence[dist.ProcessGroup | None], device: torch.device, error: Exception | None
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device,
+    error: Exception | None,
+    rounds: int,
 ) -> None:
     """Raise on every rank if one has an error.
 
-    Collectives: one small ``all_reduce`` on each process group, and one more where none spans the
-    world; more where there is an error.
+    Collectives: one small ``all_reduce`` on each process group, and more where none spans the
+    world, or where there is an error.
 
     Args:
         groups: This rank's, smallest first.
         device: Of the parameters.
         error: This rank's.
+        rounds: See ``rounds_of``.
 
     Raises:
         RuntimeError: Another rank has an error.
@@ -158,18 +179,23 @@ def raise_together(
     flags[_ERROR], flags[_SEVERAL] = float(error is not None), float(len(groups) > 1)
     for group in groups:
         flags = _agreed(flags, group, device)
-    flags = _back(flags, groups, device)
+    flags = _spread(flags, groups, device, rounds)
     if flags[_ERROR]:
         _raise(error, groups, several=bool(flags[_SEVERAL]))
 
 
-def _back(
-    flags: list[float], groups: Sequence[dist.ProcessGroup | None], device: torch.device
+def _spread(
+    flags: list[float],
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device,
+    rounds: int,
 ) -> list[float]:
-    """Flags that came from the smallest to the largest group, sent back and on where they must."""
-    if not _spans_world(groups[-1]):
-        for group in reversed(groups):
-            flags = _agreed(flags, group, device)
+    """Flags that came from the smallest to the largest group, sent back, and on where they must."""
+    if _spans_world(groups[-1]):
+        return flags
+    way = [*reversed(groups), *(rounds - 1) * [*groups, *reversed(groups)]]
+    for group in way:
+        flags = _agreed(flags, group, device)
     return flags
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashns_dist.exchange import check_same_setup
 from flashns_dist.exchange.probe import first_value
-from flashns_dist.optim.agreement import Settings, raise_together
+from flashns_dist.optim.agreement import Settings, raise_together, rounds_of
 from flashns_dist.optim.binding import BoundParameter
 from flashns_dist.optim.learning_rate import learning_rate_scale
 from flashns_dist.optim.machine import calibrated_cost
@@ -64,6 +64,7 @@ class Setup:
         self._rules = [group["update_rule"] for group in self._groups]
         self._last: object = None
         self._numbers: list[float] = []
+        self._rounds = 1
         self._problem: str | None = None
 
     @property
@@ -139,7 +140,7 @@ class Setup:
             self._numbers = [
                 _number(b"".join(digests[index] for index in groups)) for groups in self._sequences
             ]
-        return Settings(self._numbers, is_outdated, self.compare), self._problem
+        return Settings(self._numbers, is_outdated, self._rounds, self.compare), self._problem
 
     def _other_rule(self) -> str | None:
         """What is wrong if a group has another update rule than before."""
@@ -201,7 +202,7 @@ class Setup:
 
         What one rank finds, all that it shares parameters with raise, directly or through others.
         Collectives: one ``broadcast`` and one small comparison on each process group, and those of
-        ``raise_together``.
+        ``rounds_of`` and ``raise_together``.
 
         Args:
             state: Of the optimizer.
@@ -235,7 +236,8 @@ class Setup:
                 error = error or found
         groups = [self.bound[indices[0]].process_group for indices in self.members]
         device = self.bound[0].local(self.bound[0].storage).device
-        raise_together(groups, device, error or unfit)
+        self._rounds = rounds_of(groups)
+        raise_together(groups, device, error or unfit, self._rounds)
 
     def _own_error(self, state: Mapping[Tensor, dict[str, Any]]) -> Exception | None:
         """What this rank finds wrong by itself."""
