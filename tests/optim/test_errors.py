@@ -510,13 +510,16 @@ def test_one_gradient_stops_a_chain_of_groups(ranks: RankPool, kind: str) -> Non
     ranks.run(4, wrong_at_the_end_of_a_chain, kind)
 
 
-def wrong_in_a_valley(ends: list[list[int]], source: int) -> None:
+def wrong_in_a_valley(source: int) -> None:
     """A chain of groups whose order goes down and up again: one round does not reach its ends."""
     device, rank = rank_device().type, dist.get_rank()
     placed = []
-    for number, pair in enumerate(ends):
-        mesh = DeviceMesh(device, pair)
+    for number, pair in enumerate(([0, 1], [0, 3], [1, 2])):
+        group = dist.new_group(pair)
         if rank in pair:
+            # A name of its own, or torch takes the mesh of the same ranks that it knows already.
+            name = f"chain{source}{number}"
+            mesh = DeviceMesh.from_group(group, device, mesh_dim_names=(name,))
             value = torch.ones(6, 8, device=rank_device())
             param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None))
             placed.append((f"w{number}", param))
@@ -527,14 +530,9 @@ def wrong_in_a_valley(ends: list[list[int]], source: int) -> None:
     expect_error(optimizer, (FloatingPointError,), "NaN or an infinity")
 
 
-@pytest.mark.parametrize(
-    ("ends", "source"),
-    [([[0, 1], [0, 3], [1, 2]], 2), ([[0, 1], [0, 3], [1, 2]], 3), ([[1, 2], [0, 3], [0, 2]], 1)],
-)
-def test_errors_reach_all_along_any_chain(
-    ranks: RankPool, ends: list[list[int]], source: int
-) -> None:
-    ranks.run(4, wrong_in_a_valley, ends, source)
+@pytest.mark.parametrize("source", [2, 3])
+def test_errors_reach_all_along_any_chain(ranks: RankPool, source: int) -> None:
+    ranks.run(4, wrong_in_a_valley, source)
 
 
 def mesh_of_some_ranks() -> None:
