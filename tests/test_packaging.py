@@ -126,7 +126,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     assert metadata["License-Expression"] == "MIT"
     assert (info / "licenses" / "LICENSE").is_file()
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
-    assert required == ["torch>=2.7"]
+    assert required == ["torch>=2.8"]
 
 
 def test_the_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
