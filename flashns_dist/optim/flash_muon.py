@@ -234,6 +234,11 @@ class FlashMuon(Optimizer):
         names = group.get("param_names") or [
             f"parameter {i} of group {group_index}" for i in range(len(group["params"]))
         ]
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"group {group_index} has {len(group['params'])} parameters and {len(names)} "
+                "param_names; change both lists, or neither"
+            )
         return list(zip(names, group["params"], strict=True))
 
     def bind(self, adapter: Callable[[], list[BoundParameter]]) -> None:

@@ -808,3 +808,14 @@ def test_the_list_of_parameters_is_followed() -> None:
     optimizer.param_groups[0]["params"].append(two)
     optimizer.step()
     assert not torch.equal(two, kept)
+
+
+def test_a_list_of_parameters_with_other_names_is_refused() -> None:
+    one, two = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    optimizer = FlashMuon([("one", one)])
+    optimizer.param_groups[0]["params"].append(two)
+    one.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="2 parameters and 1 param_names"):
+        optimizer.step()
+    optimizer.param_groups[0]["param_names"].append("two")
+    optimizer.step()
