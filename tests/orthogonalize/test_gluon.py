@@ -37,23 +37,27 @@ def scheduled(programs, num_blocks, num_matrices):
         num_programs=lambda axis: torch.tensor(programs),
     )  # fmt: skip
     names = {"gl": words, "__builtins__": builtins}
-    for name in ("_wide_in_order", "wide_tile", "_tile"):
+    for name in (
+        "_wide_in_order", "wide_tile", "_turns", "_wide_at", "_squares_at", "_square_at",
+    ):  # fmt: skip
         kernel = getattr(gluon_symmetric, name)
         names[name] = FunctionType(kernel.fn.__code__, names, name)
-
-    def tile(turn, j):
+    tiles = []
+    for program in range(programs):
+        words.program_id = lambda axis, program=program: torch.tensor(program)
         sizes = (torch.tensor(num_blocks), torch.tensor(num_matrices))
-        return [int(v) for v in names["_tile"](torch.tensor(turn), torch.tensor(j), *sizes, 8)]
-
-    turns = tile(0, 0)[0]
-    return [
-        [
-            tile(turn, j)[2:]
-            for turn in range(program, turns, programs)
-            for j in range(tile(turn, 0)[1])
+        wide, squares, doubled, start, stop = names["_turns"](*sizes)
+        mine = [
+            (True, *map(int, names["_wide_at"](torch.tensor(turn), sizes[0], 8)))
+            for turn in range(program, wide, programs)
         ]
-        for program in range(programs)
-    ]
+        for turn in range(start, stop, programs):
+            first, last = names["_squares_at"](torch.tensor(turn), wide, squares, doubled)
+            for square in range(first, last):
+                batch, row = names["_square_at"](torch.tensor(square), sizes[0])
+                mine.append((False, int(batch), int(row), int(row)))
+        tiles.append(mine)
+    return tiles
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 7, 8, 9, 13, 16, 21])
@@ -112,9 +116,9 @@ def test_descriptors_say_where_the_blocks_are(monkeypatch):
         a, b.mT.contiguous().mT, None, out, (1.0,) * 6, config=SPECIALIZED, num_sms=132
     )
     found = [(d.shape, d.strides, d.block_shape) for d in launch.changing[:4]]
-    square = ([512, 256], [256, 1], [128, 128])
+    square = ([512, 256], [256, 1], [64, 64])
     assert found == [
-        ([512, 192], [192, 1], [128, 64]),
+        ([512, 192], [192, 1], [64, 64]),
         ([384, 256], [256, 1], [64, 128]),
         square,
         square,

@@ -74,8 +74,9 @@ def gluon(each, a_swapped, b_swapped, has_c):
     names = {"num_matrices": "i32"}
     for name in ("alpha", "beta", "gamma"):
         names |= {name: "*fp32" if each else "fp32", name + "_factor": "fp32"}
-    boxes = {"a": [depth, size] if a_swapped else [size, depth], "c": [size, size],
-             "b": [depth, size] if b_swapped else [size, depth], "out": [size, size]}
+    half = size // 2
+    boxes = {"a": [depth, half] if a_swapped else [half, depth], "c": [half, half],
+             "b": [depth, size] if b_swapped else [size, depth], "out": [half, half]}
     for name, box in boxes.items():
         layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if each else gl.float16)
         names[name] = f"tensordesc<{'bf16' if each else 'fp16'}{box},{layout!r}>"

@@ -95,11 +95,12 @@ def specialized_launch(
         "STAGES": config.stages,
         "GROUP": config.group,
     }
+    half = block // 2
     operands = (
-        _descriptor(a, a_swapped, block, depth),
+        _descriptor(a, a_swapped, half, depth),
         _descriptor(b, b_swapped, block, depth),
-        _descriptor(out if c is None else c, False, block, block),
-        _descriptor(out, False, block, block),
+        _descriptor(out if c is None else c, False, half, half),
+        _descriptor(out, False, half, half),
     )
     return Launch(
         kernels.symmetric_kernel,
