@@ -16,7 +16,6 @@ from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
 from flashns_dist.orthogonalize.kernels.triton_launch import UNFUSED
 from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
-
 _STEPS = 8
 """During so many steps of a sum the kernel stores what it computed before."""
 

@@ -104,7 +104,7 @@ def _load(source, batch, row0, k0, n, k, barrier, destination, SWAPPED: gl.const
 
 @gluon.jit
 def _slot(slot, ready, free, STAGES: gl.constexpr):
-    """Where the loader's next load goes, when it is free, and the barrier that it is to complete."""
+    """The stage that the loader fills next, once it is free, and the barrier to complete."""
     stage = slot % STAGES
     mbarrier.wait(free.index(stage), ((slot // STAGES) & 1) ^ 1)
     return stage, ready.index(stage)
@@ -131,7 +131,7 @@ def _load_tile(
 ):
     """Fills stages with what a tile is the product of, and one or two with its part of ``c``."""
     left, right, left_c, right_c, _, ready, free = buffers
-    n, k, num_matrices = sizes
+    n, k, _ = sizes
     HALF: gl.constexpr = BLOCK // 2
     BYTES: gl.constexpr = BLOCK * BLOCK_K * 2
     BOX: gl.constexpr = HALF * HALF * 2
@@ -195,7 +195,7 @@ def _loader(
     GROUP: gl.constexpr,
 ):
     """One warp: fills stage after stage as both multipliers free them."""
-    n, k, num_matrices = sizes
+    n, _, num_matrices = sizes
     num_blocks = n // BLOCK
     wide, squares, doubled, start, stop = _turns(num_blocks, num_matrices)
     slot = 0
@@ -271,18 +271,14 @@ def _sum(
     acc = gl.zeros((BLOCK // 2, COLS), gl.float32, LAYOUT)
     EARLY: gl.constexpr = 8 if WIDE else 1
     for i in gl.static_range(EARLY):
-        acc = _step(
-            acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
-        )
+        acc = _step(acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES)
         if WIDE:
             _send(out, before, buffers, half, i)
         acc = warpgroup_mma_wait(1, deps=[acc])
         if i > 0:
             mbarrier.arrive(free.index((slot + i - 1) % STAGES), count=1)
     for i in range(EARLY, steps):
-        acc = _step(
-            acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
-        )
+        acc = _step(acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(free.index((slot + i - 1) % STAGES), count=1)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -418,8 +414,8 @@ def _multiply_tile(
         The next stage, and what is to be stored: the squares, the first row of the matrix in
         ``out``, and the half tile's row and column in it.
     """
-    _, _, left_c, right_c, blocks, ready, free = buffers
-    n, k, num_matrices = sizes
+    _, _, left_c, right_c, _, ready, free = buffers
+    n, k, _ = sizes
     HALF: gl.constexpr = BLOCK // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     row0 = row * BLOCK + half * HALF
@@ -496,7 +492,7 @@ def _multiplier(
     Wide tiles and squares are loops of their own: in one, the compiler joins the ends of both, and
     has no registers left to keep more than one product in flight.
     """
-    n, k, num_matrices = sizes
+    n, _, num_matrices = sizes
     num_blocks = n // BLOCK
     wide, squares, doubled, start, stop = _turns(num_blocks, num_matrices)
     slot = 0
