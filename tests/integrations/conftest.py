@@ -1,14 +1,10 @@
-"""Make the tests' own modules importable, in the ranks too; ranks on the CPU for Megatron."""
+"""Ranks on the CPU for Megatron."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from flashns_dist.testing.pool import RankPool
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 @pytest.fixture(scope="session")

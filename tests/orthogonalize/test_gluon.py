@@ -24,6 +24,7 @@ from flashns_dist.orthogonalize.kernels.triton_configs import (  # noqa: E402
     SYMMETRIC_TMA,
     default_symmetric,
 )
+from tests.orthogonalize import gluon_simulator  # noqa: E402
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
@@ -89,20 +90,20 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
         out = c if out is None else out
         return fits_specialized(a, b, c, out, capability=capability)
 
-    a, b, c = operands(2, 256, 576)
+    a, b, c = operands(2, 256, 192)
     assert fits(a, b, c)
     assert fits(a, b, None, c)
     assert fits(a.mT.contiguous().mT, b.mT.contiguous().mT, c)
     assert not fits(a, b, c, capability=10)
-    assert not fits(*operands(2, 192, 576))
-    assert not fits(*operands(2, 256, 544))
-    assert not fits(*operands(2, 256, 448))
+    assert not fits(*operands(2, 192, 192))
+    assert not fits(*operands(2, 256, 160))
+    assert not fits(*operands(2, 256, 64))
     assert not fits(a, b, c.bfloat16())
     assert not fits(a, b, c.mT)
     assert not fits(a, b, None, c.mT)
     assert not fits(a, b[:1], c)
     assert not fits(a, b, c, c[:, :128])
-    spread = torch.zeros(2, 300, 576, dtype=torch.float16)[:, :256]
+    spread = torch.zeros(2, 300, 192, dtype=torch.float16)[:, :256]
     assert not fits(spread, b, c)
     assert fits(spread[:1], b[:1], c[:1])
     monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: None)
@@ -111,22 +112,22 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
 
 def test_descriptors_say_where_the_blocks_are(monkeypatch):
     monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
-    a, b, out = operands(2, 256, 576)
+    a, b, out = operands(2, 256, 192)
     launch = gluon_launch.specialized_launch(
         a, b.mT.contiguous().mT, None, out, (1.0,) * 6, config=SPECIALIZED, num_sms=132
     )
     found = [(d.shape, d.strides, d.block_shape) for d in launch.changing[:4]]
     square = ([512, 256], [256, 1], [64, 64])
     assert found == [
-        ([512, 576], [576, 1], [64, 64]),
-        ([1152, 256], [256, 1], [64, 128]),
+        ([512, 192], [192, 1], [64, 64]),
+        ([384, 256], [256, 1], [64, 128]),
         square,
         square,
     ]
     flags = [launch.constants[name] for name in ("A_SWAPPED", "B_SWAPPED", "HAS_C")]
-    assert (flags, launch.fixed, launch.grid) == ([False, True, False], (256, 576, 2), (132,))
+    assert (flags, launch.fixed, launch.grid) == ([False, True, False], (256, 192, 2), (132,))
     single = gluon_launch._descriptor(a[:1, :, :128], False, 128, 64)  # rows farther apart
-    assert (single.shape, single.strides) == ([256, 128], [576, 1])
+    assert (single.shape, single.strides) == ([256, 128], [192, 1])
 
 
 def test_it_is_the_default_where_every_sm_gets_a_tile():
@@ -140,6 +141,39 @@ def test_it_is_the_default_where_every_sm_gets_a_tile():
         assert chosen(*shape) == default_symmetric(SYMMETRIC_TMA, *shape, shape[1], 132)
 
 
+@pytest.mark.parametrize(
+    "late", [(False,) * 3, (True,) * 3, (False, True, True), (True, False, False)]
+)
+@pytest.mark.parametrize(
+    ("batch", "n", "k", "programs"),
+    [(1, 32, 64, 2), (2, 64, 128, 3), (2, 96, 32, 2), (1, 160, 144, 4)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dtype, late):
+    # Tiles a quarter as wide as on the device, and small integers: every sum is exact.
+    def random(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+    generator = torch.Generator().manual_seed(n)
+    a, b, c = random(batch, n, k), random(batch, n, k), random(batch, n, n)
+    scalars = [torch.randint(-2, 3, (batch,), generator=generator) / 2 for _ in range(3)]
+    for swapped in ((False, False), (True, False), (False, True)):
+        left, right = (
+            t.mT.contiguous().mT if turned else t for t, turned in zip((a, b), swapped, strict=True)
+        )
+        for addend in (None, c):
+            for alpha, beta, gamma in ((0.5, 2.0, -3.0), scalars):
+                out = torch.full((batch, n, n), torch.nan, dtype=dtype)
+                gluon_simulator.simulate(
+                    gluon_symmetric, left, right, addend, out, (alpha, beta, gamma), block=32,
+                    stages=4, programs=programs, late=late, swapped=swapped,
+                )  # fmt: skip
+                scales = [torch.as_tensor(v).view(-1, 1, 1) for v in (alpha, beta, gamma)]
+                full = scales[0] * (a.float() @ b.float().mT) + scales[2] * torch.eye(n)
+                full = full if addend is None else full + scales[1] * c.float()
+                assert torch.equal(out, (full.tril() + full.tril(-1).mT).to(dtype))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not HOPPER or gluon_kernels() is None, reason="needs a Hopper GPU and Triton 3.6"
@@ -148,8 +182,8 @@ class TestOnHopper:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize(
         ("batch", "n", "k"),
-        [(1, 128, 512), (2, 256, 576), (3, 384, 1024), (40, 640, 640), (7, 1152, 704),
-         (5, 2048, 512), (150, 768, 576)],
+        [(1, 128, 128), (2, 256, 192), (3, 384, 1024), (40, 640, 320), (7, 1152, 448),
+         (5, 2048, 512), (150, 768, 256)],
     )  # fmt: skip
     def test_its_bits_are_those_of_the_other_kernels(self, batch, n, k, dtype):
         generator = torch.Generator("cuda").manual_seed(n)
@@ -180,7 +214,7 @@ class TestOnHopper:
 
     def test_a_nan_stays_in_its_matrix(self):
         kernels = TritonKernels(config=SPECIALIZED)
-        x = torch.randn(5, 256, 512, device="cuda").half()
+        x = torch.randn(5, 256, 256, device="cuda").half()
         clean = kernels.gram(x)
         x[2, 130, 7] = torch.nan
         found = kernels.gram(x)
@@ -190,7 +224,7 @@ class TestOnHopper:
 
     def test_only_the_lower_triangle_of_the_addend_counts(self):
         kernels = TritonKernels(config=SPECIALIZED)
-        x = torch.randn(3, 512, 512, device="cuda").half() / 20
+        x = torch.randn(3, 384, 384, device="cuda").half() / 20
         c = kernels.gram(x)
         expected = kernels.symmetric(c, c, c=c, beta=0.5)
         upper = torch.triu(torch.full_like(c, torch.nan), 1)

@@ -16,9 +16,6 @@ from flashns_dist.orthogonalize.kernels.triton_interpreter import interpreting
 from flashns_dist.orthogonalize.kernels.triton_launch import UNFUSED
 from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
-_STEPS = 8
-"""During so many steps of a sum the kernel stores what it computed before."""
-
 
 @cache
 def gluon_kernels() -> ModuleType | None:
@@ -50,9 +47,7 @@ def fits_specialized(
     batch, n, k = a.shape
     if b.shape != a.shape or out.shape != (batch, n, n):
         return False
-    if capability != 9 or n % SPECIALIZED.rows or k % SPECIALIZED.depth:
-        return False
-    if k < _STEPS * SPECIALIZED.depth:
+    if capability != 9 or n % SPECIALIZED.rows or k % SPECIALIZED.depth or k < 128:
         return False
     tensors = [t for t in (a, b, c, out) if t is not None]
     if any(t.dtype != a.dtype or not _stacked(t) for t in tensors):

@@ -1,12 +1,11 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005, SIM102 (Triton's compiler reads this file)
+# ruff: noqa: RUF005 (Triton's compiler reads this file)
 """Gluon kernel of the products with a symmetric result, for Hopper's own tensor cores.
 
 It computes what ``triton_symmetric`` computes, bit for bit, for matrices that whole tiles cover.
 There, nothing hides the two stores of a wide tile, and the next tile's loads begin after them. Here
 one warp loads ahead whatever the others do, two warpgroups multiply and finish half a tile each,
-which need not keep step with each other, and a tile waits in registers until it is stored, a
-square at a time, between the steps of the next one's sum.
+which need not keep step with each other, and stores leave shared memory during the next tile.
 """
 
 from triton.experimental import gluon
@@ -216,11 +215,10 @@ def _loader(
 
 
 @gluon.jit
-def _step(
-    acc,
+def _sum(
     buffers,
     slot,
-    i,
+    steps,
     half: gl.constexpr,
     COLS: gl.constexpr,
     A_SWAPPED: gl.constexpr,
@@ -229,60 +227,28 @@ def _step(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Begins to add the product that stage ``slot + i`` holds to ``acc``."""
-    left, right, _, _, _, ready, _ = buffers
+    """The upper or lower ``(BLOCK / 2, COLS)`` of a tile of ``a b^T``, in fp32."""
+    left, right, _, _, _, ready, free = buffers
     BOTH: gl.constexpr = [BLOCK_K, 2 * BLOCK] if B_SWAPPED else [2 * BLOCK, BLOCK_K]
     pairs = right._reinterpret(right.dtype, [STAGES] + BOTH, right.layout)
-    stage = (slot + i) % STAGES
-    first = left.index(2 * stage + half)
-    if A_SWAPPED:
-        first = first.permute((1, 0))
-    second = pairs.index(stage)
-    if COLS == BLOCK:
-        second = second.slice(0, BLOCK, dim=1 if B_SWAPPED else 0)
-    if not B_SWAPPED:
-        second = second.permute((1, 0))
-    mbarrier.wait(ready.index(stage), ((slot + i) // STAGES) & 1)
-    return warpgroup_mma(first, second, acc, use_acc=i > 0, is_async=True)
-
-
-@gluon.jit
-def _sum(
-    out,
-    before,
-    buffers,
-    slot,
-    steps,
-    half: gl.constexpr,
-    WIDE: gl.constexpr,
-    A_SWAPPED: gl.constexpr,
-    B_SWAPPED: gl.constexpr,
-    BLOCK: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The upper or lower half of a tile of ``a b^T``, in fp32.
-
-    While the first eight steps of a wide tile run, the tile before is stored, an eighth in each.
-    """
-    free = buffers[6]
-    COLS: gl.constexpr = 2 * BLOCK if WIDE else BLOCK
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     acc = gl.zeros((BLOCK // 2, COLS), gl.float32, LAYOUT)
-    EARLY: gl.constexpr = 8 if WIDE else 1
-    for i in gl.static_range(EARLY):
-        acc = _step(acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES)
-        if WIDE:
-            _send(out, before, buffers, half, i)
+    for i in range(steps):
+        stage = (slot + i) % STAGES
+        first = left.index(2 * stage + half)
+        if A_SWAPPED:
+            first = first.permute((1, 0))
+        second = pairs.index(stage)
+        if COLS == BLOCK:
+            second = second.slice(0, BLOCK, dim=1 if B_SWAPPED else 0)
+        if not B_SWAPPED:
+            second = second.permute((1, 0))
+        mbarrier.wait(ready.index(stage), ((slot + i) // STAGES) & 1)
+        acc = warpgroup_mma(first, second, acc, use_acc=i > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        if i > 0:
-            mbarrier.arrive(free.index((slot + i - 1) % STAGES), count=1)
-    for i in range(EARLY, steps):
-        acc = _step(acc, buffers, slot, i, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(free.index((slot + i - 1) % STAGES), count=1)
+        mbarrier.arrive(free.index((slot + i + STAGES - 1) % STAGES), count=1, pred=i > 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(free.index((slot + steps - 1) % STAGES), count=1)
+    mbarrier.arrive(free.index((slot + steps + STAGES - 1) % STAGES), count=1)
     return acc
 
 
@@ -299,45 +265,6 @@ def _halves(value):
 
 
 @gluon.jit
-def _packed(value):
-    """Neighbouring columns as one 32-bit word: what waits to be stored takes half the registers."""
-    ROWS: gl.constexpr = value.shape[0]
-    COLS: gl.constexpr = value.shape[1]
-    low, high = value.to(gl.uint16, bitcast=True).reshape((ROWS, COLS // 2, 2)).split()
-    return low.to(gl.uint32) | (high.to(gl.uint32) << 16)
-
-
-@gluon.jit
-def _unpacked(words, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    ROWS: gl.constexpr = words.shape[0]
-    COLS: gl.constexpr = words.shape[1]
-    columns = gl.join((words & 0xFFFF).to(gl.uint16), (words >> 16).to(gl.uint16))
-    value = columns.reshape((ROWS, 2 * COLS)).to(DTYPE, bitcast=True)
-    return gl.convert_layout(value, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _lower(SIZE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Row less column, ``(SIZE, SIZE)``."""
-    row = gl.expand_dims(gl.arange(0, SIZE, layout=gl.SliceLayout(1, LAYOUT)), 1)
-    return row - gl.expand_dims(gl.arange(0, SIZE, layout=gl.SliceLayout(0, LAYOUT)), 0)
-
-
-@gluon.jit
-def _rounded(acc, old, scalars, on_diagonal, DTYPE: gl.constexpr, HAS_C: gl.constexpr):
-    """Scales, adds and rounds once a square of the result, packed."""
-    alpha, beta, gamma = scalars
-    result = acc * alpha
-    if HAS_C:
-        addend = old.to(gl.float32)
-        result = gl.fma(addend, gl.zeros_like(addend) + beta, result)
-    if on_diagonal:
-        LAYOUT: gl.constexpr = acc.type.layout
-        result = gl.where(_lower(acc.shape[0], LAYOUT) == 0, result + gamma, result)
-    return _packed(result.to(DTYPE))
-
-
-@gluon.jit
 def _store(out, row0, col0, value, block, TURNED: gl.constexpr):
     """Begins to store ``value``, when at most one other store still reads shared memory."""
     tma.store_wait(1)
@@ -350,30 +277,36 @@ def _store(out, row0, col0, value, block, TURNED: gl.constexpr):
 
 
 @gluon.jit
-def _send(out, tile, buffers, half: gl.constexpr, i: gl.constexpr):
-    """Begins the ``i``-th store of half a tile: of its squares, first as they are and then turned.
+def _finish(out, acc, old, scalars, blocks, base, row0, col0, HAS_C: gl.constexpr):
+    """Scales, adds and rounds once a square; written twice, or on the diagonal mirrored in place.
 
-    On the diagonal a square is mirrored in place, once. Above it it is another's mirror image.
+    Above the diagonal it is another's mirror image. Stores read the two blocks of shared memory in
+    turn, and the second last.
     """
-    values, base, row0, first_col = tile
-    SIZE: gl.constexpr = values[0].shape[0]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
-    value = _unpacked(values[i // 2], out.dtype, LAYOUT)
-    col0 = first_col + i // 2 * SIZE
-    block = buffers[4].index(2 * half + i % 2)
-    if col0 < row0:
-        if i % 2 == 0:
-            _store(out, base + row0, col0, value, block, False)
-        else:
-            _store(out, base + col0, row0, value, block, True)
-    if i % 2 == 0:
-        if col0 == row0:
+    if col0 <= row0:
+        alpha, beta, gamma = scalars
+        DTYPE: gl.constexpr = out.dtype
+        LAYOUT: gl.constexpr = acc.type.layout
+        SIZE: gl.constexpr = acc.shape[0]
+        result = acc * alpha
+        if HAS_C:
+            addend = old.to(gl.float32)
+            result = gl.fma(addend, gl.zeros_like(addend) + beta, result)
+        if row0 == col0:
+            r = gl.expand_dims(gl.arange(0, SIZE, layout=gl.SliceLayout(1, LAYOUT)), 1)
+            s = gl.expand_dims(gl.arange(0, SIZE, layout=gl.SliceLayout(0, LAYOUT)), 0)
+            value = gl.where(r == s, result + gamma, result).to(DTYPE)
+            block = blocks[1]
             tma.store_wait(0)
             block.store(value)
-            turned = block.permute((1, 0)).load(LAYOUT)
-            block.store(gl.where(_lower(SIZE, LAYOUT) >= 0, value, turned))
+            value = gl.where(r >= s, value, block.permute((1, 0)).load(LAYOUT))
+            block.store(value)
             fence_async_shared()
             tma.async_copy_shared_to_global(out, [base + row0, col0], block)
+        else:
+            value = result.to(DTYPE)
+            _store(out, base + row0, col0, value, blocks[0], False)
+            _store(out, base + col0, row0, value, blocks[1], True)
 
 
 @gluon.jit
@@ -392,7 +325,6 @@ def _multiply_tile(
     buffers,
     sizes,
     slot,
-    before,
     batch,
     row,
     col,
@@ -408,15 +340,11 @@ def _multiply_tile(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Half a tile: its sum, and then its squares of ``BLOCK / 2``, scaled, added to and rounded.
-
-    Returns:
-        The next stage, and what is to be stored: the squares, the first row of the matrix in
-        ``out``, and the half tile's row and column in it.
-    """
-    _, _, left_c, right_c, _, ready, free = buffers
+    """Multiplies and finishes half a tile, in squares of ``BLOCK / 2``."""
+    _, _, left_c, right_c, blocks, ready, free = buffers
     n, k, _ = sizes
     HALF: gl.constexpr = BLOCK // 2
+    COLS: gl.constexpr = 2 * BLOCK if WIDE else BLOCK
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     row0 = row * BLOCK + half * HALF
     col0 = col * BLOCK
@@ -426,11 +354,10 @@ def _multiply_tile(
         _scalar(scalars[1], factors[1], batch, BETA_EACH),
         _scalar(scalars[2], factors[2], batch, GAMMA_EACH),
     )
-    DTYPE: gl.constexpr = out.dtype
+    blocks = (blocks.index(2 * half), blocks.index(2 * half + 1))
     acc = _sum(
-        out, before, buffers, slot, k // BLOCK_K, half, WIDE, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
-        STAGES,
-    )  # fmt: skip
+        buffers, slot, k // BLOCK_K, half, COLS, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
+    )
     slot += k // BLOCK_K
     first, second = _halves(acc)
     if WIDE:
@@ -457,15 +384,12 @@ def _multiply_tile(
         c0, c1 = None, None
         if WIDE:
             c2, c3 = None, None
-    v0 = _rounded(p0, c0, every, row0 == col0, DTYPE, HAS_C)
-    v1 = _rounded(p1, c1, every, row0 == col0 + HALF, DTYPE, HAS_C)
+    _finish(out, p0, c0, every, blocks, base, row0, col0, HAS_C)
+    _finish(out, p1, c1, every, blocks, base, row0, col0 + HALF, HAS_C)
     if WIDE:
-        v2 = _rounded(p2, c2, every, row0 == col0 + 2 * HALF, DTYPE, HAS_C)
-        v3 = _rounded(p3, c3, every, row0 == col0 + 3 * HALF, DTYPE, HAS_C)
-        values = (v0, v1, v2, v3)
-    else:
-        values = (v0, v1)
-    return slot, (values, base, row0, col0)
+        _finish(out, p2, c2, every, blocks, base, row0, col0 + 2 * HALF, HAS_C)
+        _finish(out, p3, c3, every, blocks, base, row0, col0 + 3 * HALF, HAS_C)
+    return slot
 
 
 @gluon.jit
@@ -496,31 +420,20 @@ def _multiplier(
     num_blocks = n // BLOCK
     wide, squares, doubled, start, stop = _turns(num_blocks, num_matrices)
     slot = 0
-    HALF: gl.constexpr = BLOCK // 2
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    zero = _packed(gl.zeros((HALF, HALF), out.dtype, LAYOUT))
-    # Nothing yet: no square is on the diagonal of row -1 or below.
-    none = 0 * gl.program_id(0)
-    before = ((zero, zero, zero, zero), none, none - 1, none)
     for turn in range(gl.program_id(0), wide, gl.num_programs(0)):
         batch, row, col = _wide_at(turn, num_blocks, GROUP)
-        slot, before = _multiply_tile(
-            out, scalars, factors, buffers, sizes, slot, before, batch, row, col, half, True,
-            HAS_C, ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
+        slot = _multiply_tile(
+            out, scalars, factors, buffers, sizes, slot, batch, row, col, half, True, HAS_C,
+            ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
-    for i in gl.static_range(8):
-        _send(out, before, buffers, half, i)
     for turn in range(start, stop, gl.num_programs(0)):
         first, last = _squares_at(turn, wide, squares, doubled)
         for square in range(first, last):
             batch, row = _square_at(square, num_blocks)
-            slot, tile = _multiply_tile(
-                out, scalars, factors, buffers, sizes, slot, before, batch, row, row, half, False,
-                HAS_C, ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
-                STAGES,
+            slot = _multiply_tile(
+                out, scalars, factors, buffers, sizes, slot, batch, row, row, half, False, HAS_C,
+                ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
             )  # fmt: skip
-            for i in gl.static_range(4):
-                _send(out, tile, buffers, half, i)
     tma.store_wait(0)
 
 
@@ -537,7 +450,7 @@ def symmetric_kernel(
     beta_factor,
     gamma_factor,
     n,  # a multiple of BLOCK
-    k,  # a multiple of BLOCK_K, at least eight times that
+    k,  # a multiple of BLOCK_K, at least twice that
     num_matrices,
     HAS_C: gl.constexpr,
     ALPHA_EACH: gl.constexpr,
