@@ -217,62 +217,64 @@ UNBIASED_BFLOAT16 = Coefficients(
     name="unbiased_bfloat16",
     rows=(
         (
-            14.343310622791245,
-            -127.73364493873446,
-            385.8460333689556,
-            -450.01564064255564,
-            177.62809176548583,
+            14.313800735390817,
+            -127.38205767406507,
+            384.7055787645057,
+            -448.6415778946719,
+            177.07551416303124,
         ),
         (
-            *(0.21270545617711806, -0.9869071668604728, 0.6918101003743001),
-            *(14.396459349380113, 0.1855088656148289, -1.984885899932509),
-            *(0.48020829727216924, -0.0647899075705147, 0.3735448725547392),
+            *(0.21412936370265032, -0.9904870402755209, 0.6935168352053968),
+            *(14.036911631442436, 0.17907325435105328, -1.925837725900762),
+            *(0.48100994851407625, -0.07568600030714784, 0.4353768765250584),
         ),
         (
-            *(0.31989016977909995, -1.4734586509170418, 1.3005508875956768),
-            *(2.127613753109954, 0.6392711690385127, -1.020705210476043),
-            *(0.5317839502564212, -0.5085442696833455, 1.536101866615544),
+            *(0.34610015084922224, -1.5615072254613518, 1.3826883953825349),
+            *(1.7031236532126592, 0.6004287696988359, -0.8465052395485089),
+            *(0.542357249149698, -0.5207150590144364, 1.5582162817874572),
         ),
     ),
     normalization="ws8",
     safety=1.05,
-    lower_bound=1 / 900,
+    lower_bound=1 / 750,
 )
-"""Steps of degree 9, 17 and 17: polar_express(1/900, degrees=(9, 17, 17), safety=1.05, cushion=0).
+"""Steps of degree 9, 17 and 17: polar_express(1/750, degrees=(9, 17, 17), safety=1.05, cushion=0).
 
 bfloat16's eight bits survive neither a first step of degree 17, whose slope is 28 (on spectra that
 decay like a power the largest singular value reached 60), nor a safety factor of 1.01: with flat
-spectra of 40 rows the singular values left the interval, and then every number (1e14)."""
+spectra of 40 rows the singular values left the interval, and then every number (1e14). From 1/900
+on, matrices of rank 10 had errors of 0.118 to 0.126."""
 
 FAST_BFLOAT16 = Coefficients(
     name="fast_bfloat16",
     rows=(
         (
-            13.501952348023782,
-            -117.72037566951994,
-            353.3813346613595,
-            -410.91163828571797,
-            161.90523839105902,
+            13.581707939287124,
+            -118.66854502425241,
+            356.4539770803882,
+            -414.61164986463825,
+            163.39266872555174,
         ),
         (
-            4.952164324342535,
-            -10.22120777446281,
-            8.141608721683053,
-            -2.5820746278625135,
-            0.28050378822994826,
+            5.078582506259943,
+            -10.560137495388348,
+            8.3814815579441,
+            -2.641028371409841,
+            0.28472878105415633,
         ),
         (
-            2.0131379342096,
-            -1.2918793524959826,
-            0.3136292441034315,
+            2.050315620426311,
+            -1.3240801252189933,
+            0.31671975810074593,
         ),
     ),
     normalization="ws8",
     safety=1.05,
-    lower_bound=1 / 128,
+    lower_bound=1 / 140,
 )
-"""Steps of degree 9, 9 and 5: polar_express(1/128, degrees=(9, 9, 5), safety=1.05, cushion=0), for
-the same reasons."""
+"""Steps of degree 9, 9 and 5: polar_express(1/140, degrees=(9, 9, 5), safety=1.05, cushion=0), for
+the same reasons. From 1/128 on, 72 equal singular values and the rest 100 times smaller had an
+error 1.03 times that of ``gram``."""
 
 AOL = Coefficients(
     name="aol",

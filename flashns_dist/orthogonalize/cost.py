@@ -77,7 +77,9 @@ def choose_method(
     if coefficients is None:
         if min(n, m) >= FAST_ROWS:
             return "fast"
-        return "standard" if n == m <= STANDARD_ROWS else "unbiased"
+        # In bfloat16 the standard steps miss the gates where many singular values are equal.
+        standard = n == m <= STANDARD_ROWS and dtype != torch.bfloat16
+        return "standard" if standard else "unbiased"
     chosen = resolve_coefficients(coefficients, find_method("gram").default)
     if chosen.normalization == "ws8":  # Only its own steps are made for deflated matrices.
         fast = find_method("fast")

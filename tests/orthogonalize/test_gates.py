@@ -45,6 +45,21 @@ def test_float16_passes_the_gates(method, n, aspect):
         assert orthogonality_error(result, exact) <= max(MAX_RATIO * reference, SMALL_ERROR), name
 
 
+@pytest.mark.parametrize(
+    ("method", "n", "aspect"),
+    [("auto", 128, 1), ("auto", 256, 1), ("unbiased", 192, 2), ("fast", 192, 2), ("fast", 256, 1)],
+)
+def test_bfloat16_passes_the_gates(method, n, aspect):
+    tops = {name: (x.float(), polar_factor(x), None) for name, x in flat_tops(n, aspect).items()}
+    for name, (x, exact, _) in (gram_errors(n, aspect) | tops).items():
+        result = orthogonalize(x, method=method, dtype=torch.bfloat16)
+        assert largest_singular_value(result) <= MAX_SIGMA, name
+        error = orthogonality_error(result, exact)
+        if error > SMALL_ERROR:
+            reference = orthogonalize(x, method="gram", dtype=torch.float16)
+            assert error <= MAX_RATIO * orthogonality_error(reference, exact), name
+
+
 @pytest.mark.parametrize(("n", "aspect"), [(128, 1), (192, 2)])
 @pytest.mark.parametrize("tall", [False, True])
 def test_bfloat16_input_passes_the_gates_of_float16(n, aspect, tall):
