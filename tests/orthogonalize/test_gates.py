@@ -46,8 +46,7 @@ def test_float16_passes_the_gates(method, n, aspect):
 
 
 @pytest.mark.parametrize(
-    ("method", "n", "aspect"),
-    [("auto", 128, 1), ("auto", 256, 1), ("unbiased", 192, 2), ("fast", 192, 2), ("fast", 256, 1)],
+    ("method", "n", "aspect"), [("auto", 128, 1), ("unbiased", 192, 2), ("fast", 256, 1)]
 )
 def test_bfloat16_passes_the_gates(method, n, aspect):
     tops = {name: (x.float(), polar_factor(x), None) for name, x in flat_tops(n, aspect).items()}
