@@ -52,14 +52,29 @@ def find_checkpoint(resume: Path) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    # DCP writes .metadata last: a checkpoint without it was cut short.
-    folders = [resume, *sorted((resume / "checkpoints").glob("step-*"), reverse=True)]
-    for folder in folders:
-        if (folder / ".metadata").is_file() and (folder / "run.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"--resume {resume}: no complete checkpoint there. Give a run that wrote one."
-    )
+    if _is_complete(resume):
+        return resume
+    complete = [path for path in (resume / "checkpoints").glob("step-*") if _is_complete(path)]
+    if not complete:
+        raise FileNotFoundError(
+            f"--resume {resume}: no complete checkpoint there. Give a run that wrote one."
+        )
+    return max(complete, key=_step)
+
+
+def check_last(checkpoint: Path, run: Path) -> None:
+    """Refuse to continue a run in its own folder from a checkpoint that is not its last.
+
+    Raises:
+        ValueError: A later one is there; the next `--resume` would take it for the new run's.
+    """
+    last = find_checkpoint(run)
+    if _step(last) > _step(checkpoint):
+        raise ValueError(
+            f"--resume {checkpoint}: {run} goes on to {last.name}, which a later --resume would "
+            "continue from. Give another --name for the run from here on, or remove the later "
+            "checkpoints."
+        )
 
 
 def checkpoint_step(path: Path, config: ModelConfig, *, engine: str, optimizer: str) -> int:
@@ -91,6 +106,15 @@ def checkpoint_step(path: Path, config: ModelConfig, *, engine: str, optimizer: 
                 "Resume with the arguments of the run that wrote it."
             )
     return int(described["step"])
+
+
+def _is_complete(path: Path) -> bool:
+    # DCP writes .metadata last: a checkpoint without it was cut short.
+    return (path / ".metadata").is_file() and (path / "run.json").is_file()
+
+
+def _step(path: Path) -> int:
+    return int(json.loads((path / "run.json").read_text())["step"])
 
 
 def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

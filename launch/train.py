@@ -28,7 +28,7 @@ if __package__ in (None, ""):
     # Started as a file: the repository instead of launch/, so that siblings import as launch.*.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.checkpoint import checkpoint_step, describe_checkpoint, find_checkpoint
+from launch.checkpoint import check_last, checkpoint_step, describe_checkpoint, find_checkpoint
 from launch.data import Dataset, load_dataset
 from launch.deepspeed_engine import DeepSpeedEngine
 from launch.engine import Batch, Engine, TorchEngine
@@ -290,7 +290,11 @@ def _batch_parts(settings: argparse.Namespace, mesh: MeshSpec, world: World) -> 
 def _run_folder(settings: argparse.Namespace, world: World) -> Path:
     if settings.name is None and settings.resume is not None:
         resume: Path = settings.resume
-        return resume.parent.parent if (resume / "run.json").is_file() else resume
+        if not (resume / "run.json").is_file():
+            return resume
+        run = resume.parent.parent
+        check_last(resume, run)
+        return run
     name = settings.name or world.agree(time.strftime("%Y%m%d-%H%M%S-") + optimizer_name(settings))
     folder: Path = settings.runs / name
     exists = world.agree(str((folder / "log.jsonl").exists()))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from launch.checkpoint import describe_checkpoint, find_checkpoint
+from launch.model import ModelConfig
 from launch.record import read_record
 from launch.train import main
 
@@ -172,6 +174,27 @@ def test_resume_continues_an_interrupted_run_in_its_folder(launcher, single):
     assert launcher.resume(run) == run
     assert losses(run) == losses(single)
     assert validation(run) == validation(single)
+
+
+def test_resume_of_an_earlier_checkpoint_needs_a_folder_of_its_own(launcher, single):
+    """Else the next --resume would take the old run's last checkpoint for the new one's."""
+    before = (single / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"goes on to step-0000{STEPS}.* another --name"):
+        launcher.resume(checkpoint(single, HALF))
+    assert (single / "log.jsonl").read_bytes() == before
+    run = Path(shutil.copytree(single, launcher.folder / "without-later-ones"))
+    shutil.rmtree(checkpoint(run, STEPS))
+    launcher.resume(checkpoint(run, HALF), name=None)
+    assert losses(run) == losses(single)
+
+
+def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (999_999, 1_000_000, 1_000_001):
+        path = checkpoint(tmp_path, step)
+        describe_checkpoint(path, step, ModelConfig(), engine="torch", optimizer="adamw")
+        (path / ".metadata").touch()
+    (checkpoint(tmp_path, 1_000_001) / ".metadata").unlink()  # cut short
+    assert find_checkpoint(tmp_path) == checkpoint(tmp_path, 1_000_000)
 
 
 @pytest.mark.parametrize(
