@@ -201,9 +201,11 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
         if os.path.isdir(pattern):
-            found = glob.glob(f"{pattern}/**", recursive=True)
+            found = glob.glob(f"{glob.escape(pattern)}/**", recursive=True)
             shards = [path for path in found if path.endswith(".bin")]
             found = [path for path in (shards or found) if os.path.isfile(path)]
+        elif os.path.isfile(pattern):  # whatever characters are in its name
+            found = [pattern]
         else:
             found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not found:

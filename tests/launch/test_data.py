@@ -153,6 +153,17 @@ def test_shard_shorter_than_its_header_is_refused(tmp_path):
         read_shard(path)
 
 
+def test_names_with_the_characters_of_patterns_are_names_where_they_exist(tmp_path):
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    (folder / "notes [draft].txt").write_bytes(bytes(400))
+    (folder / "more?.txt").write_bytes(bytes(400))
+    (folder / "more1.txt").write_bytes(bytes(400))
+    for path, num_files in [(folder, 3), (folder / "notes [draft].txt", 1)]:
+        assert load_dataset([str(path)]).description.startswith(f"{num_files} text files")
+    assert load_dataset([str(folder / "more?.txt")]).description.startswith("1 text files")
+
+
 def test_bad_data_arguments_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     write_shard(tmp_path / "a.bin", [1, 2, 3])
