@@ -132,13 +132,30 @@ class DeepSpeedEngine:
         self.world.barrier()
         if self.world.is_first:
             # As PyTorch's checkpoints have it: written last, it says that the rest is complete.
-            (path / ".metadata").write_text("DeepSpeed")
+            (path / ".metadata").write_text(f"DeepSpeed {self._kind}")
 
     def load(self, path: Path) -> None:
-        """See `Engine`."""
+        """See `Engine`.
+
+        Raises:
+            ValueError: It was written under another ZeRO stage or precision, which DeepSpeed does
+                not convert.
+        """
+        _, _, kind = (path / ".metadata").read_text().partition(" ")
+        if kind and kind != self._kind:  # older ones do not say
+            raise ValueError(
+                f"{path}: DeepSpeed's {kind} wrote the checkpoint, and this run's {self._kind} "
+                "cannot read it. Resume with the ZeRO stage and precision that wrote it "
+                "(--deepspeed-config), or start a new run without --resume."
+            )
         loaded, _ = self.engine.load_checkpoint(str(path), tag=_TAG)
         if loaded is None:
             raise FileNotFoundError(f"{path}: no DeepSpeed checkpoint there")
+
+    @property
+    def _kind(self) -> str:
+        """The optimizer wrapper, which decides what a checkpoint holds; stages 1 and 2 share it."""
+        return type(self.engine.optimizer).__name__
 
     def _loss(self, batch: Batch) -> Tensor:
         inputs, targets = (tokens.to(self.world.device, non_blocking=True) for tokens in batch)

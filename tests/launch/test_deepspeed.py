@@ -59,10 +59,13 @@ def test_the_main_job_trains_alike_on_deepspeed_and_resumes(
     ranks.run(2, train, [*common, "zero", *zero, "--stop-after", str(STEPS // 2)])
     resume = ["--resume", str(tmp_path / "zero"), "--runs", str(tmp_path)]
     adamw = write_config(tmp_path, optimizer={"type": "AdamW", "params": {"torch_adam": True}})
+    stage3 = str(tmp_path / "stage3.json")
+    Path(stage3).write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     for extra, message in [
         (["--engine", "torch"], "Resume with --engine deepspeed"),
         (["--optimizer", "adamw"], "Resume with --optimizer flashmuon"),
         (["--deepspeed-config", adamw], "flashmuon, and this run has adamw"),
+        (["--deepspeed-config", stage3], r"ZeroOptimizer wrote .* \w+_Stage3 cannot read"),
     ]:
         ranks.run(2, refuse, [*resume, *extra], message)
     ranks.run(2, train, resume)
