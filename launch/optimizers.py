@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,11 +57,22 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     return [_adamw(list(model.parameters()), lr, config.weight_decay, config.betas)]
 
 
-def parameter_table(model: nn.Module) -> str:
-    """Say which update rule FlashMuon applies to which parameters, and why."""
-    from flashns_dist import parameter_groups
+def parameter_table(model: nn.Module, params: Mapping[str, Any] | None = None) -> str:
+    """Say which update rule FlashMuon applies to which parameters, and why.
 
-    return parameter_groups(model).table()
+    Args:
+        model: Not yet sharded.
+        params: Of the optimizer in a DeepSpeed config, which may have overrides and views.
+    """
+    from flashns_dist import parameter_groups
+    from flashns_dist.layout import named_view
+
+    params = params or {}
+    views = {
+        pattern: view if view is None else named_view(view)
+        for pattern, view in (params.get("matrix_views") or {}).items()
+    }
+    return parameter_groups(model, overrides=params.get("overrides"), matrix_views=views).table()
 
 
 def _flashmuon(model: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -82,6 +82,12 @@ def optimizer_name(settings: argparse.Namespace) -> str:
     return str(section.get("type", settings.optimizer)).lower()
 
 
+def optimizer_params(settings: argparse.Namespace) -> dict[str, Any]:
+    """Return the params of the optimizer in `--deepspeed-config`; empty if there are none."""
+    params: dict[str, Any] | None = _deepspeed_config(settings).get("optimizer", {}).get("params")
+    return params or {}
+
+
 def optimizer_config(settings: argparse.Namespace) -> OptimizerConfig:
     """Select what the optimizers need."""
     return OptimizerConfig(

@@ -39,7 +39,7 @@ from launch.progress import Progress
 from launch.record import Record
 from launch.report import RunFacts, plot_losses, summarize
 from launch.schedule import learning_rate_factor
-from launch.settings import optimizer_config, optimizer_name, read_settings
+from launch.settings import optimizer_config, optimizer_name, optimizer_params, read_settings
 from launch.world import World, joined_world, leave_process
 
 
@@ -71,7 +71,8 @@ class TrainingRun:
         model = Transformer(self.model_config, seed=settings.seed)
         self.facts = self._facts(model.num_parameters())
         if world.is_first and self.optimizer_name == "flashmuon":
-            print(parameter_table(model), end="\n\n", file=sys.stderr, flush=True)
+            table = parameter_table(model, optimizer_params(settings))
+            print(table, end="\n\n", file=sys.stderr, flush=True)
         self.engine = self._engine(model)
         if checkpoint is not None:
             self.engine.load(checkpoint)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from launch.settings import optimizer_name, read_settings
+from launch.model import ModelConfig, Transformer
+from launch.optimizers import parameter_table
+from launch.settings import optimizer_name, optimizer_params, read_settings
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -108,3 +110,20 @@ def test_the_optimizers_name_is_that_of_the_deepspeed_config(tmp_path):
     assert optimizer_name(read_settings(deepspeed(tmp_path, optimizer=section))) == "onebitadam"
     assert optimizer_name(read_settings(deepspeed(tmp_path))) == "flashmuon"
     assert optimizer_name(read_settings(["--optimizer", "adamw"])) == "adamw"
+
+
+def test_the_table_of_parameters_has_the_overrides_and_views_of_the_deepspeed_config(tmp_path):
+    params = {
+        "overrides": {"*.wq.weight": "adamw"},
+        "matrix_views": {"*.wk.weight": {"Equal": {"count": 2}}},
+    }
+    section = {"type": "FlashMuon", "params": params}
+    settings = read_settings(deepspeed(tmp_path, optimizer=section))
+    model = Transformer(ModelConfig(vocab_size=32, dim=24, hidden_dim=40))
+    lines = parameter_table(model, optimizer_params(settings)).splitlines()
+    rules = {line.split()[1]: line.split()[0] for line in lines if "attention.w" in line}
+    assert rules["blocks.*.attention.wq.weight"] == "adamw"
+    assert rules["blocks.*.attention.wv.weight"] == "muon"
+    assert any("attention.wk.weight" in line and "Equal(" in line for line in lines)
+    bare = read_settings(deepspeed(tmp_path, optimizer={"type": "FlashMuon"}))
+    assert parameter_table(model, optimizer_params(bare)) == parameter_table(model)
