@@ -55,7 +55,7 @@ def group_settings(
     ``is_embedding_or_output_parameter`` on a parameter, or an override, say otherwise.
 
     Raises:
-        ValueError: An override matches no parameter on any rank.
+        ValueError: An override matches no parameter on any rank, or makes a vector a matrix.
     """
     names, owned = parameter_names(chunks), owners(chunks)
     rules: dict[Tensor, str] = {}
@@ -97,14 +97,23 @@ def _apply_overrides(
     if not overrides:
         return
     used = set()
+    problem = ""
     for param in rules:
         matching = [pattern for pattern in overrides if fnmatchcase(names[param], pattern)]
         if matching:
             used.add(matching[0])
             rules[param] = overrides[matching[0]]
-    everywhere: list[set[str]] = [used] * dist.get_world_size()
-    dist.all_gather_object(everywhere, used)
-    unused = [pattern for pattern in overrides if not any(pattern in u for u in everywhere)]
+            if rules[param] in MATRIX_RULES and param.ndim < 2:
+                problem = problem or (
+                    f"--flashmuon-overrides {matching[0]}={rules[param]}: {names[param]} of shape "
+                    f"{tuple(param.shape)} is not a matrix. Write a narrower pattern."
+                )
+    everywhere: list[tuple[set[str], str]] = [(used, problem)] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (used, problem))
+    for _, found in everywhere:
+        if found:  # on all ranks, of which not all have that parameter
+            raise ValueError(found)
+    unused = [pattern for pattern in overrides if not any(pattern in u for u, _ in everywhere)]
     if unused:
         raise ValueError(
             f"--flashmuon-overrides {unused} match no trainable parameter on any rank. Names are "

@@ -318,6 +318,18 @@ def test_what_is_orthogonalized(ranks: RankPool) -> None:
     }
 
 
+def refuse_override(case: Case, message: str) -> None:
+    with megatron_ready(case), pytest.raises(ValueError, match=message):
+        make_optimizer(case, make_chunks(case))
+
+
+def test_an_override_that_gives_a_vector_a_matrices_rule_is_refused(ranks: RankPool) -> None:
+    """On all ranks of the pipeline: the last one alone has the final norm."""
+    case = Case(pp=2, settings={"overrides": {"*.final_layernorm.*": "muon"}})
+    message = r"final_layernorm\.\*=muon: decoder\.final_layernorm\.\w+ of shape \(32,\) is not a"
+    ranks.run(2, refuse_override, case, message)
+
+
 def rules_of_chunks(case: Case) -> list[set[str]]:
     """Of each chunk on this rank, the rules of its ``linear_fc1``."""
     with megatron_ready(case):
