@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flashns_dist.optim import FlashMuon, parameter_groups
 from flashns_dist.optim.rules import MATRIX_RULES, RULES
-from flashns_dist.optim.settings import RULE_SETTINGS
+from flashns_dist.optim.settings import RULE_SETTINGS, check_parameter
 
 from .settings import Settings, check_states
 
@@ -37,8 +37,8 @@ def groups_from_config(
         One group per given group and update rule, matrices first, and the names by ``id``.
 
     Raises:
-        ValueError: A parameter does not belong to the model, or a group has a setting that only
-            the config may have.
+        ValueError: A parameter does not belong to the model, an override makes a matrix of what is
+            none, or a group has a setting that only the config may have.
     """
     sorted_groups = parameter_groups(
         model, overrides=settings.overrides, matrix_views=settings.matrix_views
@@ -67,6 +67,10 @@ def groups_from_config(
                 complete = _completed(rule, extra, settings)
                 if rule in MATRIX_RULES and view:
                     complete["matrix_view"] = view
+                # What is rounded is DeepSpeed's copy, in another dtype.
+                checked = {**complete, "rounding": "nearest"}
+                for param in chosen[rule]:
+                    check_parameter(names[id(param)], param, checked)
                 same = next((g for g in groups if _settings(g) == complete), None)
                 if same is None:
                     groups.append({"params": chosen[rule], **complete})

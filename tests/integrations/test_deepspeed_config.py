@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from flashns_dist.testing.pool import RankPool
 from tests.integrations.deepspeed_training import (
     PARAMS,
     STEPS,
+    Term,
     config,
     deepspeed_ready,
     full_weights,
@@ -221,6 +223,25 @@ def settings_of_groups() -> None:
 
 def test_groups_keep_their_settings_and_overrides_decide(ranks: RankPool) -> None:
     ranks.run(1, settings_of_groups)
+
+
+def give_what_is_no_matrix() -> None:
+    """Else a vector would not be trained at all, and a convolution as kernels by position."""
+    with deepspeed_ready() as deepspeed:
+        for zero in (False, True):
+            stage = 3 if zero else 1
+            for name, shape in (("vector", (5,)), ("convolution", (4, 3, 2, 2))):
+                params = {**PARAMS, "overrides": {f"{name}.weight": "muon"}}
+                settings = config(stage, 1, optimizer={"type": "FlashMuon", "params": params})
+                with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero):
+                    module = nn.ModuleDict({"matrix": Term((6, 4)), name: Term(shape)})
+                message = rf"{name}\.weight: shape {re.escape(str(shape))} is not a matrix"
+                with pytest.raises(ValueError, match=message):
+                    start(deepspeed, settings, model=module)
+
+
+def test_an_override_that_makes_a_matrix_of_what_is_none_is_refused(ranks: RankPool) -> None:
+    ranks.run(1, give_what_is_no_matrix)
 
 
 def train_with_frozen_parameters() -> list[float]:
