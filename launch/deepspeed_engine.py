@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launch.engine import Batch, StepResult
 from launch.model import Transformer
-from launch.optimizers import DEFAULT_LR, OptimizerConfig
+from launch.optimizers import DEFAULT_LR, OptimizerConfig, adamw_groups
 from launch.stopwatch import Stopwatch
 from launch.world import World
 
@@ -82,7 +82,11 @@ class DeepSpeedEngine:
                 "--deepspeed-config: it has a scheduler, and train.py sets the learning rates of "
                 "every step itself. Leave it out and use --warmup and --cooldown."
             )
-        settings.setdefault("optimizer", _optimizer(optimizer))
+        parameters: Any = model.parameters()
+        if "optimizer" not in settings:
+            settings["optimizer"] = _optimizer(optimizer)
+            if optimizer.name == "adamw":
+                parameters = adamw_groups(list(parameters), optimizer.weight_decay)
         settings.setdefault("gradient_clipping", clip)
         if dtype == torch.bfloat16 and not _PRECISIONS & settings.keys():
             settings["bf16"] = {"enabled": True}
@@ -93,7 +97,7 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self.engine: Any = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=settings
+            model=model, model_parameters=parameters, config=settings
         )[0]
         self._rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         self._stopwatch = Stopwatch(world.device)

@@ -75,6 +75,16 @@ def parameter_table(model: nn.Module, params: Mapping[str, Any] | None = None) -
     return parameter_groups(model, overrides=params.get("overrides"), matrix_views=views).table()
 
 
+def adamw_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Divide the parameters of AdamW: norms do not decay."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
 def _flashmuon(model: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
     from flashns_dist import FlashMuon, parameter_groups
 
@@ -115,13 +125,4 @@ def _adamw(
     weight_decay: float,
     betas: tuple[float, float],
 ) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=betas,
-    )
+    return torch.optim.AdamW(adamw_groups(parameters, weight_decay), lr=lr, betas=betas)

@@ -72,6 +72,15 @@ def test_the_main_job_trains_alike_on_deepspeed_and_resumes(
     assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "torch"), abs=TOLERANCE)
 
 
+def test_adamw_decays_the_same_parameters_on_deepspeed(ranks: RankPool, tmp_path: Path) -> None:
+    """Norms do not, on either engine."""
+    adamw = ["--optimizer", "adamw", "--weight-decay", "5"]
+    for name, extra in [("torch", []), ("zero", ["--engine", "deepspeed"])]:
+        arguments = [*SMALL, *adamw, *extra, "--runs", str(tmp_path), "--name", name]
+        ranks.run(2, train, arguments)
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "torch"), abs=TOLERANCE)
+
+
 def check_orthogonalization(arguments: list[str], method: str, dtype: torch.dtype | None) -> None:
     settings = read_settings(arguments)
     with deepspeed_ready(), joined_world(None, None) as world:
