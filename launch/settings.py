@@ -65,7 +65,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def saved_settings(resume: Path) -> dict[str, Any]:
     """Read the settings of a run from its folder or from one of its checkpoints."""
-    for folder in (resume, resume.parent.parent):
+    for folder in (resume, resume.absolute().parent.parent):  # also of a bare step-000100
         path = folder / "settings.json"
         if path.is_file():
             settings: dict[str, Any] = json.loads(path.read_text())

@@ -293,7 +293,7 @@ def _run_folder(settings: argparse.Namespace, world: World) -> Path:
         resume: Path = settings.resume
         if not (resume / "run.json").is_file():
             return resume
-        run = resume.parent.parent
+        run = resume.absolute().parent.parent
         check_last(resume, run)
         return run
     name = settings.name or world.agree(time.strftime("%Y%m%d-%H%M%S-") + optimizer_name(settings))

@@ -188,6 +188,14 @@ def test_resume_of_an_earlier_checkpoint_needs_a_folder_of_its_own(launcher, sin
     assert losses(run) == losses(single)
 
 
+def test_resume_takes_a_checkpoint_from_inside_its_folder(launcher, single, monkeypatch):
+    run = Path(shutil.copytree(single, launcher.folder / "from-inside"))
+    shutil.rmtree(checkpoint(run, STEPS))
+    monkeypatch.chdir(run / "checkpoints")
+    launcher.resume(Path(f"step-{HALF:06d}"))
+    assert losses(run) == losses(single)
+
+
 def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
     for step in (999_999, 1_000_000, 1_000_001):
         path = checkpoint(tmp_path, step)
