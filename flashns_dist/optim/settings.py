@@ -40,6 +40,18 @@ def check_rule(name: str) -> None:
         raise ValueError(f"update_rule={name!r}: use one of {UPDATE_RULES}")
 
 
+def check_complete(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a group whose update rule is unknown, or was set after it was made."""
+    rule = group["update_rule"]
+    check_rule(rule)
+    missing = [key for key in RULES[rule].settings if key not in group]
+    if missing:
+        raise ValueError(
+            f"update_rule={rule!r}: the group lacks {missing[0]!r}, since it was made with another "
+            "update rule, which keeps another state; make a new optimizer"
+        )
+
+
 def check_used(given: Mapping[str, Any], rules: Collection[str]) -> None:
     """Raise ValueError for a setting that none of these update rules has."""
     for key, value in given.items():
@@ -80,7 +92,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting out of range, naming it."""
-    check_rule(group["update_rule"])
+    check_complete(group)
     rule = RULES[group["update_rule"]]
     for key in ("lr", "weight_decay", "eps"):
         if number(key, group[key]) < 0:
@@ -221,6 +233,7 @@ __all__ = [
     "RULE_SETTINGS",
     "UPDATE_RULES",
     "block_sizes",
+    "check_complete",
     "check_group",
     "check_parameter",
     "check_rule",

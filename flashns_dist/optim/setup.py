@@ -19,10 +19,11 @@ from flashns_dist.optim.options import ExchangeOptions
 from flashns_dist.optim.rules import MATRIX_RULES
 from flashns_dist.optim.rules.muon import resolve_ns_coefficients
 from flashns_dist.optim.settings import (
+    RULE_SETTINGS,
+    check_complete,
     check_states,
     check_values,
     is_matrix_rule,
-    rule_settings,
 )
 from flashns_dist.optim.step import matrices_of, plan_matrices
 from flashns_dist.orthogonalize import check_backend
@@ -226,6 +227,8 @@ class Setup:
             digest = "none"
             if matrices:
                 try:
+                    for group in self._groups:
+                        check_complete(group)
                     digest = self.plan(matrices, [True] * len(matrices))[0].digest
                 except ValueError as found:  # nothing fits into the memory that there may be
                     unfit = unfit or found
@@ -309,6 +312,7 @@ class Setup:
         if group["update_rule"] not in MATRIX_RULES:
             return str(group["update_rule"])
         try:
+            check_complete(group)
             coefficients = resolve_ns_coefficients(group)
         except ValueError as error:  # check_values says so
             return str(error)
@@ -320,11 +324,11 @@ class Setup:
     def _digest(self, bound: BoundParameter) -> str:
         """What must agree between ranks about a parameter."""
         group = self._groups[bound.group_index]
-        keys = ("update_rule", *rule_settings(group["update_rule"], {}))
+        keys = ("update_rule", *sorted(RULE_SETTINGS))
         facts = (
             bound.layout.digest,
             bound.storage.dtype,
-            [group[key] for key in keys],
+            [group.get(key) for key in keys],
             self._facts(group),
             self._kind(group),
             self._exchanged,

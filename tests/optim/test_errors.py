@@ -713,6 +713,8 @@ def errors_in_one_group(kind: str) -> str:
     optimizer = FlashMuon([matrices, {"params": [("plain", plain)]}])
     if rank == 1 and kind == "value":
         optimizer.param_groups[0]["lr"] = -1.0
+    if rank == 1 and kind in ("muoon", "normuon", "dion", "dion2"):
+        optimizer.param_groups[0]["update_rule"] = kind
     if rank == 1 and kind == "shard":
         pair._local_tensor = pair._local_tensor[:1]
     pair.grad, plain.grad = torch.ones_like(pair), torch.ones_like(plain)
@@ -728,6 +730,10 @@ def errors_in_one_group(kind: str) -> str:
     [
         ("setting", "ranks [1] disagree"),
         ("value", "lr=-1.0"),
+        ("muoon", "update_rule='muoon'"),
+        ("normuon", "the group lacks 'beta2'"),
+        ("dion", "the group lacks 'rank_fraction'"),
+        ("dion2", "the group lacks 'fraction'"),
         ("shard", "its placements"),
     ],
 )
