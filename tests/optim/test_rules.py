@@ -291,6 +291,25 @@ def test_dion_takes_gradients_of_low_rank() -> None:
     assert torch.linalg.matrix_rank((before - param.detach()).double(), rtol=0.05) == 6
 
 
+def test_dion_takes_parameters_of_several_dtypes() -> None:
+    shapes = ((6, 8), (8, 6), (6, 8), (5, 7))
+    dtypes = (torch.float32, torch.float64, torch.float64, torch.bfloat16)
+    start = [gradient(i, 0, shape).to(dtypes[i]) for i, shape in enumerate(shapes)]
+
+    def stepped(*chosen: int) -> list[nn.Parameter]:
+        params = [nn.Parameter(start[i].clone()) for i in chosen]
+        optimizer = FlashMuon(params, update_rule="dion")
+        for step in range(3):
+            for i, param in zip(chosen, params, strict=True):
+                param.grad = gradient(i, step, shapes[i]).to(dtypes[i])
+            optimizer.step()
+        return params
+
+    alone = [stepped(i)[0] for i in range(len(shapes))]
+    for mine, theirs in zip(stepped(*range(len(shapes))), alone, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5)
+
+
 def dion_with_compressed_gradients() -> None:
     """Replicas with gradients of their own train as one process on their mean."""
     rank, size = dist.get_rank(), dist.get_world_size()

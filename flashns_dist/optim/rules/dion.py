@@ -80,7 +80,8 @@ class Dion(MatrixRule):
     def begin(self, run: Run, group_index: int) -> None:
         """All of the step.
 
-        Collectives: two ``all_reduce`` on the process group per 2^24 elements of the products.
+        Collectives: two ``all_reduce`` on the process group per 2^24 elements of the products,
+        and for matrices of each dtype.
         """
         for matrices in _batches(run, group_index):
             _Factors(run, group_index, matrices).step()
@@ -92,12 +93,14 @@ def rank_of(shape: tuple[int, int], group: Mapping[str, Any]) -> int:
 
 
 def _batches(run: Run, group_index: int) -> Iterator[list[int]]:
+    """A parameter group's matrices, a few at a time, whose states are of one dtype."""
     batch: list[int] = []
-    elements = 0
+    elements, dtype = 0, None
     for index in run.matrices_of(group_index):
+        other, dtype = dtype, run.block_state(index, "right_factor").dtype
         shape = run.matrix(index).block.shape
         size = max(shape) * rank_of(shape, run.groups[group_index])
-        if batch and elements + size > _BATCH_ELEMENTS:
+        if batch and (dtype != other or elements + size > _BATCH_ELEMENTS):
             yield batch
             batch, elements = [], 0
         batch.append(index)
