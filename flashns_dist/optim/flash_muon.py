@@ -37,6 +37,7 @@ from flashns_dist.optim.settings import (
     check_rule,
     check_used,
     init_state,
+    misplaced_state,
     rule_settings,
     state_names,
 )
@@ -414,7 +415,7 @@ class FlashMuon(Optimizer):
         )
 
     def _local_gradients(self) -> tuple[list[Tensor | None], str | None]:
-        """This rank's gradients, and the first thing that is wrong with them."""
+        """This rank's gradients, and the first thing that is wrong with them or the state."""
         gradients: list[Tensor | None] = []
         problem: str | None = None
         for bound in self._bound:
@@ -423,7 +424,7 @@ class FlashMuon(Optimizer):
             except ValueError as error:
                 gradients.append(None)
                 problem = problem or str(error)
-        return gradients, problem
+        return gradients, problem or misplaced_state(self._bound, self.state)
 
     def _must_skip(self, verdict: Verdict) -> bool:
         """Whether some rank has a non-finite gradient; raises where asked to."""

@@ -213,6 +213,25 @@ def check_states(
             )
 
 
+def misplaced_state(
+    bound: Sequence[BoundParameter], state: Mapping[Tensor, Mapping[str, Any]]
+) -> str | None:
+    """What is wrong where a state lies on another device than its parameter, or None."""
+    last: Tensor | None = None  # many parameters of an adapter may be in one
+    for parameter in bound:
+        storage = parameter.storage
+        if storage is last:
+            continue
+        last, device = storage, storage.device
+        for name, value in state.get(storage, {}).items():
+            if name != "step" and getattr(value, "device", device) != device:
+                return (
+                    f"{parameter.name}: its state {name!r} is on {value.device}, the parameter on "
+                    f"{device}. Move both before step()."
+                )
+    return None
+
+
 def state_names(group: Mapping[str, Any], blocks: tuple[Block, ...]) -> set[str]:
     """Names of a parameter's states."""
     rule = RULES[group["update_rule"]]
@@ -242,6 +261,7 @@ __all__ = [
     "check_values",
     "init_state",
     "is_matrix_rule",
+    "misplaced_state",
     "rule_settings",
     "state_names",
 ]

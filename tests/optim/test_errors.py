@@ -799,6 +799,26 @@ def test_a_model_may_move_before_the_first_step() -> None:
     assert optimizer.state[layer.weight]["momentum_buffer"].is_cuda
 
 
+@pytest.mark.parametrize("rule", ["muon", "normuon", "dion", "dion2", "adamw", "lion"])
+def test_a_state_on_another_device_is_found_before_anything_changes(rule: str) -> None:
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = FlashMuon([(f"layer.{i}", p) for i, p in enumerate(params)], update_rule=rule)
+    for param in params:
+        param.grad = torch.eye(3, 4)
+    optimizer.step()
+    state = optimizer.state[params[1]]
+    name = next(key for key in reversed(state) if key != "step")
+    kept, state[name] = state[name], state[name].to("meta")
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=f"layer.1: its state '{name}' is on meta"):
+        optimizer.step()
+    state[name] = kept
+    for param, old in zip(params, before, strict=True):
+        assert torch.equal(param, old)
+        assert float(optimizer.state[param]["step"]) == 1
+    optimizer.step()
+
+
 def test_the_list_of_parameters_is_followed() -> None:
     one, two = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     optimizer = FlashMuon([one, two])
