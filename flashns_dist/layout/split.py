@@ -39,7 +39,7 @@ class Split:
         Raises:
             ValueError: The functions do more than move elements, or a matrix is no stack of boxes.
         """
-        numbers = torch.arange(prod(shape)).view(shape)
+        numbers = torch.arange(prod(shape), device="cpu").view(shape)
         matrices = self._matrices(numbers.clone())
         if self.recombine is not None:
             again = _called("recombine", self.recombine, [m.clone() for m in matrices])
@@ -100,7 +100,7 @@ def _stacked(matrix: Tensor, shape: tuple[int, ...]) -> tuple[Box, ...] | None:
     """Boxes that are some rows of the matrix each; None where it is not made of such."""
     rows, cols = matrix.shape
     starts = matrix[:, 0]
-    if not torch.equal(matrix, starts[:, None] + torch.arange(cols)):
+    if not torch.equal(matrix, starts[:, None] + torch.arange(cols, device="cpu")):
         return None
     begins, width = starts.tolist(), shape[-1]
     boxes: list[Box] = []

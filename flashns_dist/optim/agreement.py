@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -258,11 +259,12 @@ def _summary(
 ) -> Tensor:
     """``(7, len(bound) + 1)``: what to compare about each parameter, and the flags so far."""
     device = bound[0].local(bound[0].storage).device
-    known = torch.zeros(7, len(bound) + 1, dtype=torch.float64)
-    known[_HAS, :-1] = torch.tensor([g is not None for g in gradients], dtype=torch.float64)
+    on_host = partial(torch.tensor, dtype=torch.float64, device="cpu")
+    known = torch.zeros(7, len(bound) + 1, dtype=torch.float64, device="cpu")
+    known[_HAS, :-1] = on_host([g is not None for g in gradients])
     known[_LACKS, :-1] = 1 - known[_HAS, :-1]
-    known[:, -1] = torch.tensor(flags, dtype=torch.float64)
-    known[_IS_REPLICATED, :-1] = torch.tensor([b.is_replicated for b in bound], dtype=torch.float64)
+    known[:, -1] = on_host(flags)
+    known[_IS_REPLICATED, :-1] = on_host([b.is_replicated for b in bound])
     values = known.to(device)
     largest = _largest_magnitudes(gradients, device)
     finite = largest.isfinite()

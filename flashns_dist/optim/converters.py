@@ -135,7 +135,7 @@ def _converted(name: str, values: Mapping[str, Any], group: Mapping[str, Any]) -
         )
     steps = [values[key] for key in _COUNTERS if key in values] + [theirs.get("step")]
     if steps[0] is not None:
-        moments["step"] = torch.as_tensor(float(steps[0]))
+        moments["step"] = torch.as_tensor(float(steps[0]), device="cpu")
     return moments
 
 

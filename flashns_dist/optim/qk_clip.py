@@ -271,7 +271,7 @@ class QKClip:
         queries = factor / keys.repeat_interleave(shared)
         by_kind = {QUERY: queries, KEY: keys, ROTARY_QUERY: factor}
         for number, weight in enumerate(bound):
-            scales = torch.ones(weight.layout.shape[0], dtype=torch.float64)
+            scales = torch.ones(weight.layout.shape[0], dtype=torch.float64, device="cpu")
             for rows in attention.rows:
                 if rows.weight == number:
                     scales[rows.start : rows.start + rows.size] = by_kind[rows.kind][rows.head]

@@ -73,4 +73,4 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _mix_int(seed: int) -> int:
-    return int(_mix(torch.tensor(seed & 0x7FFFFFFFFFFF)).item())
+    return int(_mix(torch.tensor(seed & 0x7FFFFFFFFFFF, device="cpu")).item())

@@ -116,7 +116,7 @@ def check_values(group: Mapping[str, Any]) -> None:
         raise ValueError(f"ns_steps={group['ns_steps']!r} must be a whole number, at least 1")
     resolve_ns_coefficients(group)
     if is_matrix_rule(group):
-        orthogonalize_batch(torch.zeros(0, 2, 2), group)
+        orthogonalize_batch(torch.zeros(0, 2, 2, device="cpu"), group)
     rule.check(group)
 
 

@@ -59,7 +59,9 @@ class Speculation:
             The same on the host.
         """
         host, event = _start_copy(agreed)
-        expected = torch.tensor(self._expected, dtype=agreed.dtype, pin_memory=agreed.is_cuda)
+        expected = torch.tensor(
+            self._expected, dtype=agreed.dtype, device="cpu", pin_memory=agreed.is_cuda
+        )
         permission = self._step.step.fused.permission
         may = False
         try:
@@ -83,7 +85,7 @@ def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy on the host, and what to wait for before it is read."""
     if not values.is_cuda:
         return values.cpu(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()

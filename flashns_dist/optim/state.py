@@ -83,7 +83,9 @@ def completed_state_dict(
         read = {k: v for k, v in theirs.items() if k not in dropped and not _is_missing(v)}
         completed.append({**kept, **read})
     state = {
-        key: {"step": torch.zeros(()), **entry} if "momentum_buffer" in entry else entry
+        key: {"step": torch.zeros((), device="cpu"), **entry}
+        if "momentum_buffer" in entry
+        else entry
         for key, entry in state_dict["state"].items()
     }
     return {"state": state, "param_groups": completed}

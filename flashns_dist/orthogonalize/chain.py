@@ -45,7 +45,10 @@ def chain_row(lower: float, upper: float) -> tuple[float, ...]:
             f"interval [{lower}, {upper}]: a step of degree 17 is solved for ratios of 5 to 1000. "
             "Use degree 5 or 9 for a narrower one, and more steps for a wider one."
         )
-    found = [_follow(torch.tensor(start, dtype=torch.float64), at, ratio) for at, start in _STARTS]
+    found = [
+        _follow(torch.tensor(start, dtype=torch.float64, device="cpu"), at, ratio)
+        for at, start in _STARTS
+    ]
     best = min(found, key=lambda pair: pair[1])[0].tolist()
     b1, g1, a2, b2, g2, b3, g3 = best
     square = upper * upper
@@ -76,8 +79,9 @@ def _follow(parameters: Tensor, start: float, stop: float) -> tuple[Tensor, floa
 
 def _exchange(parameters: Tensor, lower: float) -> tuple[Tensor, float]:
     """Remez exchange for the seven parameters: equal errors at the eight largest extrema."""
-    ends = torch.linspace(math.log(lower), 0, 3001, dtype=torch.float64).exp()
-    grid = torch.cat([ends, torch.linspace(lower, 1, 3001, dtype=torch.float64)]).sort().values
+    ends = torch.linspace(math.log(lower), 0, 3001, dtype=torch.float64, device="cpu").exp()
+    even = torch.linspace(lower, 1, 3001, dtype=torch.float64, device="cpu")
+    grid = torch.cat([ends, even]).sort().values
     best, best_error = parameters, math.inf
     for _ in range(60):
         error = _evaluate(parameters, grid)[0]
@@ -114,7 +118,7 @@ def _evaluate(parameters: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _largest_extrema(grid: Tensor, error: Tensor) -> Tensor:
     """Indices of the eight largest local extrema of the error, ends included, ascending."""
     inner = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) <= 0
-    ends = torch.ones(1, dtype=torch.bool)
+    ends = torch.ones(1, dtype=torch.bool, device="cpu")
     places = torch.cat([ends, inner, ends]).nonzero().flatten()
     kept: list[int] = []
     for place in places.tolist():
@@ -124,4 +128,4 @@ def _largest_extrema(grid: Tensor, error: Tensor) -> Tensor:
         else:
             kept.append(place)
     largest = sorted(kept, key=lambda place: -error[place].abs().item())[:8]
-    return torch.tensor(sorted(largest))
+    return torch.tensor(sorted(largest), device="cpu")

@@ -49,7 +49,7 @@ def growth(
         restarts: Steps before which the Gram matrix is recomputed.
         perturbation: Subtracted from every eigenvalue of a computed Gram matrix.
     """
-    sigma = torch.logspace(0, -10, 4000, dtype=torch.float64)
+    sigma = torch.logspace(0, -10, 4000, dtype=torch.float64, device="cpu")
     eigenvalue, factor = sigma**2 - perturbation, torch.ones_like(sigma)
     worst = 1.0
     for step, row in enumerate(coefficients.rows):

@@ -53,10 +53,12 @@ def minimax_row(lower: float, upper: float, degree: int) -> tuple[float, ...]:
     num_terms = (degree + 1) // 2
     if (1 - lower / upper) ** num_terms < 1e-10:  # Too narrow for Remez in float64, and its limit
         return _taylor_row(upper, degree)  # is as good: the error is of that order.
-    angle = torch.linspace(0, math.pi, num_terms + 1, dtype=torch.float64)
+    angle = torch.linspace(0, math.pi, num_terms + 1, dtype=torch.float64, device="cpu")
     nodes = (lower + upper) / 2 - (upper - lower) / 2 * angle.cos()
-    signs = torch.tensor([(-1.0) ** i for i in range(num_terms + 1)], dtype=torch.float64)
-    powers = torch.arange(num_terms) * 2 + 1
+    signs = torch.tensor(
+        [(-1.0) ** i for i in range(num_terms + 1)], dtype=torch.float64, device="cpu"
+    )
+    powers = torch.arange(num_terms, device="cpu") * 2 + 1
     last_error = math.inf
     for _ in range(100):
         system = torch.cat([nodes[:, None] ** powers, signs[:, None]], dim=1)
@@ -71,10 +73,10 @@ def minimax_row(lower: float, upper: float, degree: int) -> tuple[float, ...]:
 
 def _interior_extrema(row: Tensor, lower: float, upper: float) -> Tensor:
     """Where the derivative of an odd polynomial vanishes inside ``(lower, upper)``, ascending."""
-    derivative = row * (torch.arange(len(row)) * 2 + 1)
+    derivative = row * (torch.arange(len(row), device="cpu") * 2 + 1)
     size = len(row) - 1
-    companion = torch.zeros(size, size, dtype=torch.float64)
-    companion[1:, :-1] = torch.eye(size - 1, dtype=torch.float64)
+    companion = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    companion[1:, :-1] = torch.eye(size - 1, dtype=torch.float64, device="cpu")
     companion[:, -1] = -derivative[:-1] / derivative[-1]
     squares = torch.linalg.eigvals(companion)
     squares = squares.real[squares.imag.abs() < 1e-9 * squares.abs().clamp_min(1e-300)]
@@ -119,11 +121,15 @@ def composition(
         if cushion * high > low:  # Centre the image of the whole interval on one.
             if degree == 17:
                 raise ValueError("a cushion is not offered for degree 17: set cushion=0.")
-            ends = step_value(row, torch.tensor([low, high], dtype=torch.float64))
+            ends = step_value(row, torch.tensor([low, high], dtype=torch.float64, device="cpu"))
             row = tuple(value * 2.0 / ends.sum().item() for value in row)
-        grid = torch.linspace(math.log(low), math.log(high), 20001, dtype=torch.float64).exp()
+        grid = torch.linspace(
+            math.log(low), math.log(high), 20001, dtype=torch.float64, device="cpu"
+        ).exp()
         if degree != 17:  # Where rounding the grid would show: converged steps.
-            extrema = _interior_extrema(torch.tensor(row, dtype=torch.float64), low, high)
+            extrema = _interior_extrema(
+                torch.tensor(row, dtype=torch.float64, device="cpu"), low, high
+            )
             grid = torch.cat([grid, extrema])
         image = step_value(row, grid)
         rows.append(row)

@@ -259,3 +259,10 @@ def test_a_view_needs_no_hash() -> None:
             return Equal(2)(shape)
 
     assert view_blocks("w", (4, 6), Halves()) == Equal(2)((4, 6))
+
+
+def test_the_default_device_does_not_matter_to_split() -> None:
+    for split in (lambda w: w.split([5, 3]), lambda w: [w[:, 0::2], w[:, 1::2]]):
+        with torch.device("meta"):
+            found = Split(split)((8, 6))
+        assert found == Split(split)((8, 6))

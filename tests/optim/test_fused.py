@@ -112,6 +112,28 @@ def test_settings_are_those_of_the_present_groups(interpreted: RankPool) -> None
     interpreted.run(1, step_with_other_groups)
 
 
+def step_under_another_default_device() -> None:
+    launched = count_and_fuse_only_sharded()
+    found = []
+    for device in ("cpu", "meta"):
+        param, gradients = (
+            torch.nn.Parameter(full((20, 36), 0)),
+            [full((20, 36), i) for i in (1, 2)],
+        )
+        with torch.device(device):
+            optimizer = FlashMuon([param], lr=0.05)
+            for gradient in gradients:
+                param.grad = gradient
+                optimizer.step()
+        found.append(param)
+    assert launched["update_kernel"] == 4
+    assert torch.equal(*found)
+
+
+def test_the_default_device_does_not_matter(interpreted: RankPool) -> None:
+    interpreted.run(1, step_under_another_default_device)
+
+
 class Broken:
     """A table that is not written to."""
 

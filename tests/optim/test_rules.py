@@ -380,6 +380,24 @@ def test_a_zero_gradient_changes_nothing(rule: str) -> None:
     assert torch.equal(param.detach(), torch.ones(4, 6))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamuon", "dion2", "dion", "adamw", "lion"])
+def test_the_default_device_does_not_matter(rule: str, rounding: str) -> None:
+    def stepped(device: str) -> list[Tensor]:
+        params = [nn.Parameter(p.detach().bfloat16()) for p in parameters()]
+        with torch.device(device):
+            optimizer = FlashMuon(params, update_rule=rule, rounding=rounding)
+            for step in range(3):
+                for index, param in enumerate(params):
+                    with torch.device("cpu"):
+                        param.grad = gradient(index, step, tuple(param.shape)).bfloat16()
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+        return [param.detach() for param in params]
+
+    assert all(map(torch.equal, stepped("meta"), stepped("cpu")))
+
+
 def test_lion_follows_its_formula() -> None:
     start = [p.detach() for p in parameters(((7,), (5, 9), ()))]
     params = [nn.Parameter(p.clone()) for p in start]

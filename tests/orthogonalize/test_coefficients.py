@@ -235,3 +235,16 @@ def test_auto_goes_by_the_shape_or_by_the_coefficients():
     assert choose_method(64, 128, AOL_FLASH) == "aol"
     assert choose_method(64, 128, FAST) == "fast"
     assert choose_method(64, 128, UNBIASED) == "unbiased"
+
+
+def test_the_default_device_does_not_matter():
+    found = []
+    for device in ("cpu", "meta"):
+        for cached in (polar_express, restart_positions):
+            cached.cache_clear()
+        with torch.device(device):
+            steps = polar_express(2e-3, 4)
+            found.append(
+                (steps, restart_positions(steps, len(steps.rows) - 2), minimax_row(0.01, 1.0, 17))
+            )
+    assert found[0] == found[1]

@@ -390,7 +390,7 @@ class FusedPasses:
         self._uploaded.pop(place, None)
         # From pinned memory the copy waits for nothing, and the host does not wait for it.
         pin = target.device.type == "cuda"
-        source = torch.tensor(values, dtype=target.dtype, pin_memory=pin)
+        source = torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=pin)
         target.copy_(source, non_blocking=True)
         if not (pin and torch.cuda.is_current_stream_capturing()):  # or it is not done yet
             self._uploaded[place] = values

@@ -47,11 +47,12 @@ class Table:
             for side in (a, b)
         )
         self.pieces = torch.tensor(rows, dtype=torch.int64, device=device)
-        counts = torch.tensor([-(-row[0] // BLOCK) for row in rows])
+        counts = torch.tensor([-(-row[0] // BLOCK) for row in rows], device="cpu")
         self.num_chunks = int(counts.sum())
         first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        starts = (torch.arange(self.num_chunks) - first) * BLOCK
-        self.chunk_piece = torch.arange(len(rows)).repeat_interleave(counts).int().to(device)
+        starts = (torch.arange(self.num_chunks, device="cpu") - first) * BLOCK
+        numbers = torch.arange(len(rows), device="cpu")
+        self.chunk_piece = numbers.repeat_interleave(counts).int().to(device)
         self.chunk_start = starts.int().to(device)
         kinds = [kind for *_, kind in pieces]
         self.kinds = torch.tensor(kinds, dtype=torch.int32, device=device)

@@ -52,7 +52,7 @@ class MatrixRule:
         """
         dtype = torch.promote_types(param.dtype, torch.float32)
         device = getattr(param, "_local_tensor", param).device
-        state = {"step": torch.zeros((), dtype=torch.float32)}
+        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for name in self.local_states:  # row-major, so that convolutions can be viewed as matrices
             kept = torch.contiguous_format
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=kept)
