@@ -98,6 +98,14 @@ class Setup:
         """The parameter groups of ``members``."""
         return [[self.bound[i].group_index for i in indices] for indices in self.members]
 
+    @cached_property
+    def _keys(self) -> list[list[tuple[int, tuple[int, int]]]]:
+        """Those of ``_shapes`` that ``members`` have, in the order of the parameters."""
+        return [
+            list(dict.fromkeys((b.group_index, block.shape) for b in chosen for block in b.blocks))
+            for chosen in ([self.bound[i] for i in indices] for indices in self.members)
+        ]
+
     @property
     def unaveraged(self) -> set[int]:
         """The parameters whose replicas have gradients and momenta of their own (Dion)."""
@@ -133,13 +141,18 @@ class Setup:
             is_outdated: See ``Settings``.
         """
         facts = [self._facts(group) for group in self._groups]
-        present = facts if self._other_rule() else (facts, self._plan_settings())
+        scales = {key: self._scale(*key) for key in self._shapes}
+        present = (facts, scales, None if self._other_rule() else self._plan_settings())
         if present != self._last:
             self._last = present
             self._problem = self._invalid()
             digests = [repr(each).encode() for each in facts]
             self._numbers = [
-                _number(b"".join(digests[index] for index in groups)) for groups in self._sequences
+                _number(
+                    b"".join(digests[index] for index in groups)
+                    + repr([scales[key] for key in keys]).encode()
+                )
+                for groups, keys in zip(self._sequences, self._keys, strict=True)
             ]
         return Settings(self._numbers, is_outdated, self._rounds, self.compare), self._problem
 
@@ -157,7 +170,7 @@ class Setup:
         """What of a group must agree between ranks, and may change from step to step."""
         scale = group["adjust_lr_fn"]
         if callable(scale):
-            scale = getattr(scale, "__qualname__", "a function")
+            scale = "a function"  # whose values are compared
         found: list[object] = [scale, str(group["rounding"])]
         for key in ("lr", "weight_decay", "momentum", "eps", "betas", "nesterov", "cautious"):
             values = group[key] if key == "betas" else (group[key],)
@@ -166,6 +179,16 @@ class Setup:
             except (TypeError, ValueError, RuntimeError):
                 found.append(repr(group[key]))  # which check_values refuses
         return tuple(found)
+
+    def _scale(self, group_index: int, shape: tuple[int, int]) -> float | str | None:
+        """What the function that a group has as ``adjust_lr_fn`` says of a shape; else None."""
+        function = self._groups[group_index]["adjust_lr_fn"]
+        if not callable(function):
+            return None
+        try:
+            return learning_rate_scale(function, shape)
+        except ValueError as error:  # which _invalid says
+            return str(error)
 
     def _invalid(self) -> str | None:
         """What is wrong with the groups' settings, or None."""
@@ -325,11 +348,13 @@ class Setup:
         """What must agree between ranks about a parameter."""
         group = self._groups[bound.group_index]
         keys = ("update_rule", *sorted(RULE_SETTINGS))
+        shapes = dict.fromkeys(block.shape for block in bound.blocks)
         facts = (
             bound.layout.digest,
             bound.storage.dtype,
             [group.get(key) for key in keys],
             self._facts(group),
+            [self._scale(bound.group_index, shape) for shape in shapes],
             self._kind(group),
             self._exchanged,
             self._nonfinite,

@@ -340,7 +340,7 @@ def different_auxiliary_order() -> None:
 
 
 def different_scalars() -> None:
-    scales = [lambda rows, cols: 1.0, max]
+    scales = [lambda rows, cols, by=by: by * rows for by in (1.0, 2.0)]
     for settings in (
         {"lr": [0.1, 0.2]},
         {"momentum": [0.9, 0.8]},
@@ -355,6 +355,21 @@ def different_scalars() -> None:
         mine = {key: values[dist.get_rank()] for key, values in settings.items()}
         optimizer = FlashMuon(named, **mine)
         expect_error(optimizer, (RuntimeError,), "ranks [1]", "'layer.0'", "setting")
+
+
+def equal_functions() -> None:
+    """Of ranks whose other matrices differ: each has one of its own."""
+    rank = dist.get_rank()
+    functions = [lambda rows, cols: float(rows), lambda n, m: n]
+    shared, own = torch.ones(6, 8), torch.ones(4 + rank, 3, device=rank_device())
+    mesh = [init_device_mesh(rank_device().type, (2, 1), mesh_dim_names=("a", "b"))["b"]]
+    alone = nn.Parameter(distribute_tensor(own, mesh[0], [Replicate()], src_data_rank=None))
+    named = with_gradients([*sharded([shared]), ("own", alone)])
+    FlashMuon(named, adjust_lr_fn=functions[rank]).step()
+
+
+def test_functions_are_compared_by_their_values(ranks: RankPool) -> None:
+    ranks.run(2, equal_functions)
 
 
 @pytest.mark.parametrize(
@@ -637,7 +652,9 @@ def test_steps_of_some_matrices_keep_to_the_cap_too(ranks: RankPool) -> None:
 def disagreement_after_the_first_step(change: str) -> str:
     """The error of a step before which one rank alone has changed something."""
     named = sharded([torch.ones(6, 8)])
-    optimizer = FlashMuon(with_gradients(named), lr=0.1)
+    scale = 1.0
+    function = (lambda rows, cols: scale) if change == "closure" else "original"
+    optimizer = FlashMuon(with_gradients(named), lr=0.1, adjust_lr_fn=function)
     optimizer.step()
     before = [p.detach().clone() for _, p in named]
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for _, p in named]
@@ -656,6 +673,8 @@ def disagreement_after_the_first_step(change: str) -> str:
             group["update_rule"] = "normuon"
         elif change == "function":
             group["adjust_lr_fn"] = lambda shape: 1.0
+        elif change == "closure":
+            scale = 2.0
         elif change == "group":
             optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(3, 3)))]})
         else:
@@ -684,6 +703,7 @@ def disagreement_after_the_first_step(change: str) -> str:
         ("negative", "lr=-1.0", "ranks [1] disagree"),
         ("rule", "its update_rule was 'muon'", "rank 1 cannot step"),
         ("function", "adjust_lr_fn(6, 8) failed", "ranks [1] disagree"),
+        ("closure", "ranks [1] disagree", "ranks [1] disagree"),
         ("group", "ranks [1] disagree", "ranks [1] disagree"),
         ("loaded", "", ""),
     ],
