@@ -20,8 +20,10 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def check_adjust_lr(adjust_lr_fn: AdjustLr) -> None:
-    """Raise ValueError for an unknown name."""
-    if adjust_lr_fn is None or callable(adjust_lr_fn) or adjust_lr_fn in _SCALES:
+    """Raise ValueError for what is neither None, a known name nor a function."""
+    if adjust_lr_fn is None or callable(adjust_lr_fn):
+        return
+    if isinstance(adjust_lr_fn, str) and adjust_lr_fn in _SCALES:
         return
     raise ValueError(
         f"adjust_lr_fn={adjust_lr_fn!r} is unknown; use one of {sorted(_SCALES)}, None (as "

@@ -105,10 +105,7 @@ def check_values(group: Mapping[str, Any]) -> None:
     if group["rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f'rounding={group["rounding"]!r}: use "nearest" or "stochastic"')
     _check_view(group.get("matrix_view"))
-    adjust_lr_fn = group["adjust_lr_fn"]
-    if not (adjust_lr_fn is None or isinstance(adjust_lr_fn, str) or callable(adjust_lr_fn)):
-        raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be a name, a callable or None")
-    check_adjust_lr(adjust_lr_fn)
+    check_adjust_lr(group["adjust_lr_fn"])
     if not isinstance(group["method"], str):
         raise ValueError(f'method={group["method"]!r} must be a name, such as "auto"')
     steps = number("ns_steps", group["ns_steps"])
