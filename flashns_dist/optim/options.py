@@ -80,6 +80,9 @@ class ExchangeOptions:
             )
         check_flag("overlap_backward", self.overlap_backward)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExchangeOptions:
+        return self  # frozen, and process groups cannot be copied
+
 
 def check_exchange(exchange: Any) -> None:
     """Raise ValueError for what is neither None nor an ``ExchangeOptions``."""

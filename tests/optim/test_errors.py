@@ -303,6 +303,21 @@ def test_a_large_finite_gradient_is_not_an_overflow() -> None:
     assert param.isfinite().all()
 
 
+def copy_with_a_process_group() -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    optimizer = FlashMuon([param], exchange=ExchangeOptions(replica_group=dist.group.WORLD))
+    found = copy.deepcopy(optimizer)
+    assert found.exchange_options == optimizer.exchange_options
+    (theirs,) = found.param_groups[0]["params"]
+    theirs.grad = torch.eye(3, 4)
+    found.step()
+    assert not torch.equal(theirs, param)
+
+
+def test_an_optimizer_with_a_process_group_is_copied(ranks: RankPool) -> None:
+    ranks.run(1, copy_with_a_process_group)
+
+
 def different_order() -> None:
     named = with_gradients(sharded([torch.ones(6, 8), torch.ones(6, 8), torch.ones(4, 4)]))
     if dist.get_rank() == 1:
