@@ -46,6 +46,9 @@ class Attention:
         rows: Which of their rows belong to which head. Those of kind ``"key"`` count key heads.
         num_heads: Query heads.
         num_kv_heads: Key heads; each serves ``num_heads / num_kv_heads`` query heads in a row.
+
+    Raises:
+        ValueError: ``num_heads`` is not a multiple of ``num_kv_heads``.
     """
 
     name: str
@@ -53,6 +56,13 @@ class Attention:
     rows: tuple[Rows, ...]
     num_heads: int
     num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.name}: num_heads={self.num_heads} is not a multiple of "
+                f"num_kv_heads={self.num_kv_heads}, as grouped queries need"
+            )
 
     @staticmethod
     def separate(

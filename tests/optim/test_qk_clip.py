@@ -231,6 +231,10 @@ def weight(rows: int = HEADS * HEAD) -> nn.Parameter:
         (lambda: QKClip([], threshold=0.0), "threshold=0.0"),
         (lambda: QKClip([], alpha=1.5), "alpha=1.5"),
         (lambda: Attention.separate(weight(31), weight(), HEADS), "31 rows are not 6 heads"),
+        (
+            lambda: Attention.separate(weight(), weight(4 * HEAD), HEADS, 4),
+            "num_heads=6 is not a multiple of num_kv_heads=4",
+        ),
         (lambda: Attention.latent(weight(), weight(), HEADS, nope=3, rope=3), "5 query rows"),
         (lambda: Attention.fused(weight(31), QKV(HEADS)), "31 rows are not 6 query heads"),
         (
