@@ -381,6 +381,7 @@ class FlashMuon(Optimizer):
             if self._must_skip(verdict):
                 return True
             self._early.settle()
+            self._make_steps(verdict.active)  # all of them, before any changes something
             self._unscale(gradients)
             has_run = speculation is not None and speculation.has_run
             for number, indices in enumerate(setup.matrices):
@@ -447,6 +448,18 @@ class FlashMuon(Optimizer):
         if scale is not None and chosen:
             torch._foreach_mul_(chosen, scale.to(chosen[0].device).double().reciprocal().float())
 
+    def _make_steps(self, active: Sequence[bool]) -> None:
+        """The steps of all process groups for these parameters, where they are others than before.
+
+        Raises:
+            ValueError: One cannot be captured.
+        """
+        for number, indices in enumerate(self._setup.matrices):
+            flags = tuple(active[i] for i in indices)
+            if any(flags) and (number, flags) not in self._steps:
+                self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
+                self._steps[number, flags] = self._matrix_step(indices, flags)
+
     def _step_matrices(
         self,
         number: int,
@@ -459,14 +472,10 @@ class FlashMuon(Optimizer):
         flags = tuple(active[i] for i in indices)
         if not any(flags):
             return
-        key = (number, flags)
-        if key not in self._steps:
-            self._steps = {k: v for k, v in self._steps.items() if k[0] != number}
-            self._steps[key] = self._matrix_step(indices, flags)
         self._count_steps([self._bound[i] for i in indices if active[i]])
         if has_run:
             return
-        step = self._steps[key]
+        step = self._steps[number, flags]
         if isinstance(step, MatrixStep):
             self._early.watch(number, step)
         step.run(self.param_groups, self.state, [gradients[i] for i in indices])

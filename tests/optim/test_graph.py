@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.optim import flash_muon
 from flashns_dist.testing.gpus import has_gpus
 from flashns_dist.testing.pool import RankPool, rank_device
 
@@ -74,3 +75,28 @@ def test_what_cannot_be_captured_is_refused(settings: dict[str, object], reason:
         optimizer.step()
     assert torch.equal(param, torch.ones_like(param))
     assert float(optimizer.state[param]["step"]) == 0
+
+
+def refused_in_the_second_group() -> None:
+    mesh = init_device_mesh(rank_device().type, (2, 1), mesh_dim_names=("all", "own"))
+    value = torch.eye(6, 8, device=rank_device())
+    own, shared = (
+        nn.Parameter(distribute_tensor(value, mesh[name], [placement], src_data_rank=None))
+        for name, placement in (("own", Replicate()), ("all", Shard(0)))
+    )
+    groups = [{"params": [own]}, {"params": [shared], "update_rule": "dion"}]
+    optimizer = FlashMuon(groups, cuda_graph=True)
+    for param in (own, shared):
+        param.grad = torch.ones_like(param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            flash_muon, "capture_problem", lambda step, _: None if step.is_static else "dion"
+        )
+        with pytest.raises(ValueError, match="dion"):
+            optimizer.step()
+    assert torch.equal(own.detach().to_local(), torch.eye(6, 8, device=rank_device()))
+    assert float(optimizer.state[own]["step"]) == 0
+
+
+def test_a_refusal_in_one_process_group_changes_nothing_in_others(ranks: RankPool) -> None:
+    ranks.run(2, refused_in_the_second_group)
