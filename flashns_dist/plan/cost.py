@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 
 
@@ -39,6 +40,9 @@ class CostModel:
         step_seconds: Of the host, for one step: agreement on the gradients, say.
         measured: (short side, long side, batch, seconds on the device) of orthogonalizations that
             were measured; where there are any, the formula only interpolates between them.
+
+    Raises:
+        ValueError: A rate or what was measured is not positive, or another number negative.
     """
 
     cube_flops: float = 10.0
@@ -57,6 +61,20 @@ class CostModel:
     bucket_seconds: float = 300e-6
     step_seconds: float = 1200e-6
     measured: tuple[tuple[int, int, int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self) if field.name != "measured"):
+            value = getattr(self, name)
+            is_rate = name.endswith("_per_second")
+            if not _is_number(value) or not (value > 0 if is_rate else 0 <= value < inf):
+                bound = "must be positive" if is_rate else "must be finite and not negative"
+                raise ValueError(f"{name}={value!r} of a cost model {bound}")
+        for point in self.measured:
+            if len(point) != 4 or not all(_is_number(value) and value > 0 for value in point):
+                raise ValueError(
+                    f"measured has {point!r}: give (short side, long side, batch, seconds), each "
+                    "positive"
+                )
 
     def orthogonalize_seconds(self, rows: int, cols: int) -> float:
         """Seconds of the device for one ``(rows, cols)`` matrix in a large batch."""
@@ -133,6 +151,10 @@ class CostModel:
         for n, m, batch, seconds in sorted(self.measured):
             found.setdefault((n, m), []).append((batch, seconds))
         return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _distance(one: tuple[int, int], other: tuple[int, int]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.tensor import Shard
@@ -57,7 +58,10 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     assert CostModel.load(tmp_path / "folder" / "cost.json") == MEASURED
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"cost": {"no_such_field": 1}}', "{"])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"cost": {"flops_per_second": null}}', '{"cost": {"no_such_field": 1}}', "{"],
+)
 def test_what_is_no_cost_model_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "cost.json"
     path.write_text(content)
@@ -66,6 +70,22 @@ def test_what_is_no_cost_model_is_refused(tmp_path: Path, content: str) -> None:
 
 
 FREE = CostModel(step_seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"flops_per_second": 0.0}, "flops_per_second=0.0 of a cost model must be positive"),
+        ({"link_bytes_per_second": float("nan")}, "link_bytes_per_second=nan"),
+        ({"memory_bytes_per_second": None}, "memory_bytes_per_second=None"),
+        ({"matrix_seconds": -1e-6}, "matrix_seconds=-1e-06 .* finite and not negative"),
+        ({"measured": ((64, 64, 0, 1.0),)}, r"measured has \(64, 64, 0, 1.0\)"),
+        ({"measured": ((64, 64, 1),)}, r"measured has \(64, 64, 1\)"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CostModel(**values)
 
 
 def test_one_bucket_does_one_thing_after_the_other() -> None:
