@@ -37,9 +37,9 @@ from flashns_dist.optim.settings import (
     check_rule,
     check_used,
     init_state,
-    misplaced_state,
     rule_settings,
     state_names,
+    state_problem,
 )
 from flashns_dist.optim.setup import Setup
 from flashns_dist.optim.speculation import Speculation
@@ -425,7 +425,7 @@ class FlashMuon(Optimizer):
             except ValueError as error:
                 gradients.append(None)
                 problem = problem or str(error)
-        return gradients, problem or misplaced_state(self._bound, self.state)
+        return gradients, problem or state_problem(self._bound, self.state)
 
     def _must_skip(self, verdict: Verdict) -> bool:
         """Whether some rank has a non-finite gradient; raises where asked to."""

@@ -210,17 +210,23 @@ def check_states(
             )
 
 
-def misplaced_state(
+def state_problem(
     bound: Sequence[BoundParameter], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> str | None:
-    """What is wrong where a state lies on another device than its parameter, or None."""
+    """What is wrong where a state is gone or on another device than its parameter, or None."""
     last: Tensor | None = None  # many parameters of an adapter may be in one
     for parameter in bound:
         storage = parameter.storage
         if storage is last:
             continue
         last, device = storage, storage.device
-        for name, value in state.get(storage, {}).items():
+        entries = state.get(storage)
+        if not entries:
+            return (
+                f"{parameter.name}: its state, which was there since the optimizer was made, is "
+                "gone. Put it back, or make a new optimizer."
+            )
+        for name, value in entries.items():
             if name != "step" and getattr(value, "device", device) != device:
                 return (
                     f"{parameter.name}: its state {name!r} is on {value.device}, the parameter on "
@@ -258,7 +264,7 @@ __all__ = [
     "check_values",
     "init_state",
     "is_matrix_rule",
-    "misplaced_state",
     "rule_settings",
     "state_names",
+    "state_problem",
 ]

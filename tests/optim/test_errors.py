@@ -854,6 +854,21 @@ def test_a_state_on_another_device_is_found_before_anything_changes(rule: str) -
     optimizer.step()
 
 
+def test_a_state_that_is_gone_is_found_before_anything_changes() -> None:
+    weight, bias = nn.Parameter(torch.eye(3, 4)), nn.Parameter(torch.ones(4))
+    groups = [{"params": [("weight", weight)]}]
+    optimizer = FlashMuon([*groups, {"params": [("bias", bias)], "update_rule": "adamw"}])
+    for param in (weight, bias):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = weight.detach().clone()
+    del optimizer.state[bias]
+    with pytest.raises(ValueError, match=r"bias: its state.* is gone"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert float(optimizer.state[weight]["step"]) == 1
+
+
 def test_the_list_of_parameters_is_followed() -> None:
     one, two = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     optimizer = FlashMuon([one, two])
