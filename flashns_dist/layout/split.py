@@ -66,6 +66,11 @@ class Split:
                     f"result {number} of split has shape {tuple(matrix.shape)}; return matrices, "
                     "or stacks of them"
                 )
+            if matrix.numel() == 0:
+                raise ValueError(
+                    f"result {number} of split has shape {tuple(matrix.shape)}, without any "
+                    "elements; leave it out"
+                )
         return list(found)
 
 

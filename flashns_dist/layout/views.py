@@ -190,7 +190,7 @@ class PackedExperts:
         rows = self.rows
         if rows is None and self.num_experts > 0 and first % self.num_experts == 0:
             rows = first // self.num_experts
-        if not rows or self.num_experts < 1 or numel % (self.num_experts * rows):
+        if not rows or rows < 1 or self.num_experts < 1 or numel % (self.num_experts * rows):
             raise ValueError(
                 f"it cannot be viewed as ({self.num_experts}, {self.rows or '?'}, -1); give the "
                 "number of experts and the rows of one expert"

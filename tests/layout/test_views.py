@@ -266,3 +266,16 @@ def test_the_default_device_does_not_matter_to_split() -> None:
         with torch.device("meta"):
             found = Split(split)((8, 6))
         assert found == Split(split)((8, 6))
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (Split(lambda w: [w[:0], w]), r"result 0 of split has shape \(0, 8\), without any"),
+        (Split(lambda w: [w, w[:, :0]]), r"result 1 of split has shape \(6, 0\), without any"),
+        (PackedExperts(2, -3), r"cannot be viewed as \(2, -3, -1\)"),
+    ],
+)
+def test_matrices_without_elements_are_refused(view: MatrixView, message: str) -> None:
+    with pytest.raises(ValueError, match=f"w: matrix_view .*{message}"):
+        view_blocks("w", (6, 8), view)
