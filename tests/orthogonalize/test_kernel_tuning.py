@@ -205,3 +205,9 @@ def test_cublas_products_are_those_of_torch(given, options):
         expected = TorchKernels().product(a, x, alpha=alpha, **options)
         assert torch.allclose(result, expected, atol=1e-6)
         assert out is None or result is out
+
+
+def test_a_choice_that_cannot_be_kept_leaves_no_file_behind(tmp_path):
+    (tmp_path / "problem.json").mkdir()
+    TuningCache(tmp_path).store("problem", 1, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["problem.json"]

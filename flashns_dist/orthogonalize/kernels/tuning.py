@@ -7,6 +7,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,6 +73,7 @@ class TuningCache:
         path = self._path(problem)
         facts = {"problem": problem, "kernels": KERNELS_VERSION}
         content = json.dumps(facts | {"choice": choice, "seconds": seconds})
+        name = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -79,7 +81,9 @@ class TuningCache:
                 file.write(content)
             os.replace(name, path)
         except OSError:
-            return
+            if name:  # or a full disk would collect them
+                with suppress(OSError):
+                    os.unlink(name)
 
     def _path(self, problem: str) -> Path:
         folder = self._folder if self._folder is not None else cache_folder()
