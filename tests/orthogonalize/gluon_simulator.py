@@ -11,6 +11,8 @@ from types import FunctionType, SimpleNamespace
 
 import torch
 
+from flashns_dist.orthogonalize.kernels import gluon_tiles
+
 TIMEOUT = 30.0
 """Seconds after which a wait is taken for a deadlock."""
 
@@ -279,7 +281,7 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
             arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
         ),
     }
-    for name, kernel in vars(module).items():
+    for name, kernel in (vars(gluon_tiles) | vars(module)).items():
         if hasattr(kernel, "fn"):
             names[name] = FunctionType(kernel.fn.__code__, names, name)
 

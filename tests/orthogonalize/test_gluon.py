@@ -12,7 +12,7 @@ gluon_symmetric = pytest.importorskip(
     exc_type=ImportError,
 )
 
-from flashns_dist.orthogonalize.kernels import gluon_launch  # noqa: E402
+from flashns_dist.orthogonalize.kernels import gluon_launch, gluon_tiles  # noqa: E402
 from flashns_dist.orthogonalize.kernels.gluon_launch import (  # noqa: E402
     fits_specialized,
     gluon_kernels,
@@ -39,23 +39,23 @@ def scheduled(programs, num_blocks, num_matrices):
     )  # fmt: skip
     names = {"gl": words, "__builtins__": builtins}
     for name in (
-        "_wide_in_order", "wide_tile", "_turns", "_wide_at", "_squares_at", "_square_at",
+        "_wide_in_order", "_wide_tile", "turns", "wide_at", "squares_at", "square_at",
     ):  # fmt: skip
-        kernel = getattr(gluon_symmetric, name)
+        kernel = getattr(gluon_tiles, name)
         names[name] = FunctionType(kernel.fn.__code__, names, name)
     tiles = []
     for program in range(programs):
         words.program_id = lambda axis, program=program: torch.tensor(program)
         sizes = (torch.tensor(num_blocks), torch.tensor(num_matrices))
-        wide, squares, doubled, start, stop = names["_turns"](*sizes)
+        wide, squares, doubled, start, stop = names["turns"](*sizes)
         mine = [
-            (True, *map(int, names["_wide_at"](torch.tensor(turn), sizes[0], 8)))
+            (True, *map(int, names["wide_at"](torch.tensor(turn), sizes[0], 8)))
             for turn in range(program, wide, programs)
         ]
         for turn in range(start, stop, programs):
-            first, last = names["_squares_at"](torch.tensor(turn), wide, squares, doubled)
+            first, last = names["squares_at"](torch.tensor(turn), wide, squares, doubled)
             for square in range(first, last):
-                batch, row = names["_square_at"](torch.tensor(square), sizes[0])
+                batch, row = names["square_at"](torch.tensor(square), sizes[0])
                 mine.append((False, int(batch), int(row), int(row)))
         tiles.append(mine)
     return tiles

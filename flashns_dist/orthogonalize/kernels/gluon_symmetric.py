@@ -18,79 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-
-@gluon.jit
-def _wide_in_order(t, num_blocks):
-    """Block row and pair of block columns of wide tile ``t``, two block rows at a time.
-
-    Block rows ``2 g`` and ``2 g + 1`` hold ``g`` and ``g + 1`` wide tiles, hence those before them
-    ``g^2``. (Exact below 2^22 tiles.)
-    """
-    g = gl.sqrt_rn(t.to(gl.float32)).to(gl.int32)
-    local = t - g * g
-    both = 2 * g + 1 < num_blocks
-    row = 2 * g + gl.where(both, 1 - local % 2, 0)
-    return row, gl.where(both, local // 2, local)
-
-
-@gluon.jit
-def wide_tile(t, num_blocks, GROUP: gl.constexpr):
-    """The same in an order in which tiles that run together read few different panels.
-
-    ``GROUP`` block rows at a time (an even number), and inside a group columns change slowest.
-    """
-    first = gl.sqrt_rn(t.to(gl.float32)).to(gl.int32) // (GROUP // 2) * (GROUP // 2)
-    height = gl.minimum(GROUP, num_blocks - 2 * first)
-    local = t - first * first
-    rest = local - height * first
-    corner_row, corner_col = _wide_in_order(gl.maximum(rest, 0), height)
-    row = 2 * first + gl.where(rest >= 0, corner_row, local % height)
-    return row, gl.where(rest >= 0, first + corner_col, local // height)
-
-
-@gluon.jit
-def _turns(num_blocks, num_matrices):
-    """How many wide tiles and squares there are, and from which turn to which squares are taken.
-
-    Wide tiles are ``BLOCK x 2 BLOCK``, of which the last in an odd block row ends on the diagonal;
-    squares are on the diagonal of even block rows. A program takes wide tiles ``turn``, ``turn`` +
-    the number of programs, and so on, then squares. Programs that get one wide tile less than
-    others take two squares in that turn, as long as there are squares: ``doubled`` of them.
-    """
-    pairs = num_blocks // 2
-    wide = pairs * (pairs + num_blocks % 2) * num_matrices
-    squares = (num_blocks + 1) // 2 * num_matrices
-    programs = gl.num_programs(0)
-    doubled = (programs - wide % programs) % programs
-    doubled = gl.minimum(doubled, (squares + 1) // 2)
-    stop = wide + doubled + gl.maximum(squares - 2 * doubled, 0)
-    program = gl.program_id(0)
-    start = program + (gl.maximum(wide - program, 0) + programs - 1) // programs * programs
-    return wide, squares, doubled, start, stop
-
-
-@gluon.jit
-def _wide_at(turn, num_blocks, GROUP: gl.constexpr):
-    """The matrix, block row and first block column of a turn's wide tile."""
-    pairs = num_blocks // 2
-    each = pairs * (pairs + num_blocks % 2)
-    row, col = wide_tile(turn % each, num_blocks, GROUP)
-    return turn // each, row, 2 * col
-
-
-@gluon.jit
-def _squares_at(turn, wide, squares, doubled):
-    """The first square of a turn, and one more than the last."""
-    late = turn - wide
-    first = gl.where(late < doubled, 2 * late, late + doubled)
-    return first, gl.where(late < doubled, gl.minimum(first + 2, squares), first + 1)
-
-
-@gluon.jit
-def _square_at(square, num_blocks):
-    """The matrix and block row of a square."""
-    each = (num_blocks + 1) // 2
-    return square // each, square % each * 2
+from flashns_dist.orthogonalize.kernels.gluon_tiles import square_at, squares_at, turns, wide_at
 
 
 @gluon.jit
@@ -196,18 +124,18 @@ def _loader(
     """One warp: fills stage after stage as both multipliers free them."""
     n, _, num_matrices = sizes
     num_blocks = n // BLOCK
-    wide, squares, doubled, start, stop = _turns(num_blocks, num_matrices)
+    wide, squares, doubled, start, stop = turns(num_blocks, num_matrices)
     slot = 0
     for turn in range(gl.program_id(0), wide, gl.num_programs(0)):
-        batch, row, col = _wide_at(turn, num_blocks, GROUP)
+        batch, row, col = wide_at(turn, num_blocks, GROUP)
         slot = _load_tile(
             a, b, c, buffers, sizes, slot, batch, row, col, True, HAS_C, A_SWAPPED, B_SWAPPED,
             BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
     for turn in range(start, stop, gl.num_programs(0)):
-        first, last = _squares_at(turn, wide, squares, doubled)
+        first, last = squares_at(turn, wide, squares, doubled)
         for square in range(first, last):
-            batch, row = _square_at(square, num_blocks)
+            batch, row = square_at(square, num_blocks)
             slot = _load_tile(
                 a, b, c, buffers, sizes, slot, batch, row, row, False, HAS_C, A_SWAPPED, B_SWAPPED,
                 BLOCK, BLOCK_K, STAGES,
@@ -418,18 +346,18 @@ def _multiplier(
     """
     n, _, num_matrices = sizes
     num_blocks = n // BLOCK
-    wide, squares, doubled, start, stop = _turns(num_blocks, num_matrices)
+    wide, squares, doubled, start, stop = turns(num_blocks, num_matrices)
     slot = 0
     for turn in range(gl.program_id(0), wide, gl.num_programs(0)):
-        batch, row, col = _wide_at(turn, num_blocks, GROUP)
+        batch, row, col = wide_at(turn, num_blocks, GROUP)
         slot = _multiply_tile(
             out, scalars, factors, buffers, sizes, slot, batch, row, col, half, True, HAS_C,
             ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
     for turn in range(start, stop, gl.num_programs(0)):
-        first, last = _squares_at(turn, wide, squares, doubled)
+        first, last = squares_at(turn, wide, squares, doubled)
         for square in range(first, last):
-            batch, row = _square_at(square, num_blocks)
+            batch, row = square_at(square, num_blocks)
             slot = _multiply_tile(
                 out, scalars, factors, buffers, sizes, slot, batch, row, row, half, False, HAS_C,
                 ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,

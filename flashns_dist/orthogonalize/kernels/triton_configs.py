@@ -50,8 +50,8 @@ SYMMETRIC_TMA = (
     TileConfig(64, 64, 64, 4, 4),
 )
 # On Hopper, where the Gluon kernel fits (``gluon_launch.fits_specialized``). With the GPU kept busy
-# 1.0 to 1.2 times as fast as the default of the others from 768 rows on, most where there are few
-# tiles per SM (docs/benchmarks/README.md).
+# its forerunner was 1.0 to 1.2 times as fast as the default of the others from 768 rows on, most
+# where there are few tiles per SM, and it is faster still (docs/benchmarks/README.md).
 SPECIALIZED = TileConfig(128, 256, 64, 4, 4, specialized=True)
 SYMMETRIC_HOPPER = (SPECIALIZED, *SYMMETRIC_TMA)
 PRODUCT_TMA = (
