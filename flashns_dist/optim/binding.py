@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -184,6 +184,12 @@ def check_view_names(names: Sequence[str], group: Mapping[str, Any]) -> None:
             f"matrix_view patterns {unused} match no parameter of their group, whose names begin "
             f"with {list(names)[:3]}; pass (name, parameter) pairs, as parameter_groups does"
         )
+
+
+def on_device_of(bound: BoundParameter) -> AbstractContextManager[Any]:
+    """Makes the device of a parameter's storage the current one, which it need not be."""
+    device = bound.local(bound.storage).device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _identity(tensor: Tensor) -> Tensor:

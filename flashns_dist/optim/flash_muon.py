@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from flashns_dist.optim.binding import (
     bind_parameter,
     check_view_names,
     full_shape,
+    on_device_of,
     parameter_blocks,
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
@@ -46,6 +46,8 @@ from flashns_dist.optim.speculation import Speculation
 from flashns_dist.optim.state import (
     check_loadable,
     completed_state_dict,
+    has_stepped,
+    is_elsewhere,
     plain_state_dict,
     restore_dtypes,
 )
@@ -222,12 +224,12 @@ class FlashMuon(Optimizer):
                         f"{name} is on the meta device; make the optimizer after to_empty(), which "
                         "makes new parameters"
                     )
-            new = [(n, p) for n, p in self._named(index) if _is_elsewhere(self.state.get(p), p)]
+            new = [(n, p) for n, p in self._named(index) if is_elsewhere(self.state.get(p), p)]
             for _, param in new:
                 self.state.pop(param, None)
             self._make_state(new, group)
         present = {param for group in self.param_groups for param in group["params"]}
-        for param in [p for p, s in self.state.items() if p not in present and not _has_stepped(s)]:
+        for param in [p for p, s in self.state.items() if p not in present and not has_stepped(s)]:
             del self.state[param]
 
     def _named(self, group_index: int) -> list[tuple[str, Tensor]]:
@@ -566,26 +568,6 @@ class FlashMuon(Optimizer):
 def _world() -> dist.ProcessGroup | None:
     """The world's process group, None without one."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-
-def on_device_of(bound: BoundParameter) -> AbstractContextManager[Any]:
-    """Makes the device of a parameter's storage the current one, which it need not be."""
-    device = bound.local(bound.storage).device
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _is_elsewhere(state: Mapping[str, Any] | None, param: Tensor) -> bool:
-    """Whether a parameter has no state, or an unused one of another device or sharding."""
-    if not state:
-        return True
-    kept = [v for k, v in state.items() if k != "step" and isinstance(v, Tensor)]
-    moved = any(value.device != param.device for value in kept)
-    return moved and not _has_stepped(state)
-
-
-def _has_stepped(state: Mapping[str, Any]) -> bool:
-    step = state.get("step", 0)
-    return not (isinstance(step, Tensor) and step.is_meta) and float(step) > 0
 
 
 __all__ = ["FlashMuon", "init_state"]
