@@ -2,7 +2,9 @@
 
 What the hardware does asynchronously (loads, stores and products) happens as early as it may or as
 late as it may, so that memory that is read before it is filled, or filled before it is read, shows
-in the result. Layouts, fences and the compiler are not simulated.
+in the result. A stage that is given back although no fence followed what was read of it into
+registers is an error, since the device may still be reading it then. Layouts, the other fences and
+the compiler are not simulated.
 """
 
 import builtins
@@ -15,6 +17,9 @@ from flashns_dist.orthogonalize.kernels import gluon_tiles
 
 TIMEOUT = 30.0
 """Seconds after which a wait is taken for a deadlock."""
+
+THREAD = threading.local()
+"""Of a partition: its stores under way, and whether it reads what no fence has waited for."""
 
 
 class Tile(torch.Tensor):
@@ -63,11 +68,15 @@ class Shared:
         chunks = self.flat.view(cols // self.chunk, rows, self.chunk)
         return chunks.permute(1, 0, 2).reshape(rows, cols)
 
-    def load(self, layout=None):
+    def value(self):
         value = self._matrix()
         if self.window is not None:
             value = value.narrow(*self.window)
         return tile((value.mT if self.turned else value).clone())
+
+    def load(self, layout):
+        THREAD.reading = True
+        return self.value()
 
     def store(self, value):
         assert self.window is None
@@ -117,6 +126,7 @@ class Barrier:
                 return
             done = self.condition.wait_for(lambda: self._complete(parity), TIMEOUT)
             assert done, "deadlock"
+            assert not self.condition.errors, "another partition failed"
 
     def _complete(self, parity):
         loads, self.loads = self.loads, []
@@ -125,7 +135,7 @@ class Barrier:
             self.bytes -= size
         if loads:
             self.settle()
-        return self.phase % 2 != parity
+        return self.phase % 2 != parity or bool(self.condition.errors)
 
 
 class Descriptor:
@@ -160,7 +170,7 @@ class Sum:
     def finish(self, left):
         while len(self.waiting) > left:
             first, second, use = self.waiting.pop(0)
-            product = first.load().float() @ second.load().float()
+            product = first.value().float() @ second.value().float()
             assert product.shape == self.shape
             self.value = product + self.value if use else product
 
@@ -185,7 +195,7 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
     batch, n, k = a.shape
     half, depth = block // 2, block // 2
     lock = threading.Condition()
-    mine = threading.local()
+    lock.errors = []
 
     def load(source, at, barrier, destination):
         value = source.block(at)
@@ -195,15 +205,23 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
 
     def store(target, at, source):
         place = target.block(at)
-        mine.stores = getattr(mine, "stores", [])
-        mine.stores.append(lambda: place.copy_(source.load()))
+        THREAD.stores = getattr(THREAD, "stores", [])
+        THREAD.stores.append(lambda: place.copy_(source.value()))
         if not late_stores:
             store_wait(0)
 
     def store_wait(left):
-        stores = getattr(mine, "stores", [])
+        stores = getattr(THREAD, "stores", [])
         while len(stores) > left:
             stores.pop(0)()
+
+    def fence():
+        THREAD.reading = False
+
+    def arrive(barrier, count, pred=True):
+        assert not getattr(THREAD, "reading", False), "given back while it may still be read"
+        if pred:
+            barrier.arrive(count)
 
     def multiply(first, second, acc, use_acc, is_async):
         acc = acc if isinstance(acc, Sum) else Sum(acc)
@@ -225,21 +243,21 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
         return Shared(flat, list(shape), half)
 
     def specialize(partitions, warps, registers):
-        errors = []
-
         def run(function, arguments):
             try:
                 function(*arguments)
             except BaseException as error:
-                errors.append(error)
+                with lock:
+                    lock.errors.append(error)
+                    lock.notify_all()
 
         threads = [threading.Thread(target=run, args=part, daemon=True) for part in partitions]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if errors:
-            raise errors[0]
+        if lock.errors:
+            raise lock.errors[0]
 
     def choose(condition, first, second):
         if isinstance(first, Tile) or isinstance(second, Tile):
@@ -265,7 +283,7 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
         "__builtins__": builtins,
         "gl": gl,
         "range": lambda *ends: map(torch.tensor, range(*map(int, ends))),
-        "fence_async_shared": lambda: None,
+        "fence_async_shared": fence,
         "warpgroup_mma": multiply,
         "warpgroup_mma_wait": multiplied,
         "tma": SimpleNamespace(
@@ -278,7 +296,7 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
             init=lambda barrier, count: barrier.start(count),
             wait=lambda barrier, parity: barrier.wait(int(parity)),
             expect=lambda barrier, size: barrier.arrive(1, size),
-            arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
+            arrive=arrive,
         ),
     }
     for name, kernel in (vars(gluon_tiles) | vars(module)).items():

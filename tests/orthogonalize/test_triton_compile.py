@@ -53,7 +53,10 @@ def build(kernel, types, constants, config, arch):
             "registers": registers, "warps": config.warps, "wgmma": "wgmma" in ptx,
             "mma": "mma.sync" in ptx, "tma_load": "cp.async.bulk.tensor" in ptx,
             "tma_store": bool(re.search(r"bulk\\.tensor\\..d\\.global\\.shared", ptx)),
-            "matrix_store": "stmatrix" in ptx, "specialized": "setmaxnreg" in ptx}
+            "matrix_store": "stmatrix" in ptx, "specialized": "setmaxnreg" in ptx,
+            "stages_read": [
+                "fence.proxy.async" in part for part in re.split(r"mbarrier\\.arrive\\.", ptx)[:-1]
+                if "ldmatrix" in re.split(r"mbarrier\\.try_wait|[$]L__BB", part)[-1]]}
 
 def symmetric(config, tma, arch):
     size, depth = config.rows, config.depth
@@ -171,6 +174,9 @@ def test_hopper_kernels_use_wgmma_and_tma_and_spill_next_to_nothing(built):
         if kernel["config"].endswith("gluon"):
             assert kernel["specialized"], kernel
             assert kernel["matrix_store"], kernel
+            # Before a stage is given back, the reads of it into registers are waited for.
+            assert all(kernel["stages_read"]), kernel
+            assert len(kernel["stages_read"]) in (0, 6), kernel
     known = triton.__version__.startswith("3.6.")
     assert sum(kernel["specialized"] for kernel in built["hopper"]) == (4 if known else 0)
 

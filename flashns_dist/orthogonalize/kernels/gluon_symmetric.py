@@ -238,6 +238,17 @@ def _finish(out, acc, old, scalars, blocks, base, row0, col0, HAS_C: gl.constexp
 
 
 @gluon.jit
+def _release(barrier):
+    """Gives back a stage that was read into registers.
+
+    Without the fence the loader may fill it while reads are still on their way: an arrival waits
+    for the threads, not for their loads.
+    """
+    fence_async_shared()
+    mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
 def _scalar(value, factor, batch, PER_MATRIX: gl.constexpr):
     if PER_MATRIX:
         return gl.load(value + batch) * factor
@@ -300,13 +311,13 @@ def _multiply_tile(
         c1 = right_c.index(4 * stage + 2 * half + 1).load(LAYOUT)
         if WIDE:
             c2 = left_c.index(2 * stage + half).load(LAYOUT)
-        mbarrier.arrive(free.index(stage), count=1)
+        _release(free.index(stage))
         slot += 1
         if WIDE:
             stage = slot % STAGES
             mbarrier.wait(ready.index(stage), (slot // STAGES) & 1)
             c3 = left_c.index(2 * stage + half).load(LAYOUT)
-            mbarrier.arrive(free.index(stage), count=1)
+            _release(free.index(stage))
             slot += 1
     else:
         c0, c1 = None, None
