@@ -14,6 +14,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ import torch
 from torch import Tensor
 
 from flashns_dist.orthogonalize.coefficients import POLAR_EXPRESS
+from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS, shrink_factors
 from flashns_dist.orthogonalize.gram import gram, run_steps
 from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
+    PRODUCT_FLAT,
+    PRODUCT_NARROW,
     PRODUCT_POINTER,
+    PRODUCT_SHALLOW,
     PRODUCT_TMA,
     SYMMETRIC_HOPPER,
     SYMMETRIC_POINTER,
@@ -47,6 +53,7 @@ MORE_PRODUCT = (
     TileConfig(256, 128, 64, 8, 4),
     TileConfig(128, 256, 64, 8, 4, group=16),
 )
+MORE_SHALLOW = (TileConfig(128, 128, 64, 8, 1),)
 SQUARES = (
     (16, 2048),
     (24, 1024),
@@ -68,6 +75,16 @@ WIDE = (
     (2, 1024, 4096),
     (1, 7168, 18432),
     (1, 1536, 24576),
+)
+DEFLATED = (
+    (16, 2048, 2048),
+    (16, 2048, 7168),
+    (4, 2048, 4096),
+    (24, 1024, 4096),
+    (64, 768, 2048),
+    (48, 768, 768),
+    (2, 4096, 14336),
+    (1, 7168, 18432),
 )
 
 
@@ -122,6 +139,19 @@ class Bench:
         print(f"{part} {tuple(shape)}  bmm {base:.0f} TFLOP/s; executed TFLOP/s (of bmm):")
         for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
             print(f"    {name:28s} {rate:6.0f}  {rate / base:5.2f}")
+
+    def move(
+        self, part: str, shape: Sequence[int], size: int, calls: dict[str, Callable[[], object]]
+    ) -> None:
+        """Times calls in graphs and prints microseconds, and terabytes per second of ``size``."""
+        row = []
+        for name, call in calls.items():
+            timing = graphed(call, target=4e-3, repeats=7)
+            rate = size / timing.median / 1e12
+            row.append(f"{name} {timing.median * 1e6:.1f} ({rate:.2f})")
+            facts = {"candidate": name, "terabytes_per_second": round(rate, 3)}
+            self.record.write(part, timing, shape=list(shape), **facts)
+        print(f"{part} {tuple(shape)}, us (TB/s): " + ", ".join(row), flush=True)
 
 
 def quack_functions() -> Any:
@@ -310,6 +340,46 @@ def product(bench: Bench) -> None:
         bench.compare("product", (batch, n, m), 2.0 * batch * n * n * m, calls)
 
 
+def deflation(bench: Bench) -> None:
+    """What shrinks dominant singular values: four products that only move memory, and factors."""
+    for shape in bench.smaller(*DEFLATED):
+        if bench.out_of_time():
+            return
+        _deflation(bench, *shape)
+
+
+def _deflation(bench: Bench, batch: int, n: int, m: int) -> None:
+    kernels = TritonKernels()
+    x = bench.random(batch, n, m, dtype=torch.bfloat16)
+    each, size = Multiple(torch.ones(batch, device=DEVICE)), float(n) ** 0.5
+    signs = bench.random(1, min(NUM_DIRECTIONS, n), n, dtype=x.dtype)
+    flat = kernels.product(signs.expand(batch, -1, -1), x)
+    image = kernels.product(x, flat.mT, alpha=1 / size, transpose=True)
+    half, weights = flat.half(), image.half()
+
+    def rows(kernels: Kernels) -> Tensor:
+        return kernels.product(signs.expand(batch, -1, -1), x, alpha=each)
+
+    def columns(kernels: Kernels) -> Tensor:
+        return kernels.product(x, flat.mT, alpha=each, transpose=True)
+
+    def terms(kernels: Kernels) -> Tensor:
+        return kernels.product(weights.mT, half, alpha=-1.0, c=x, beta=each, dtype=torch.float16)
+
+    for name, call, configs, passes in (
+        ("64 rows", rows, PRODUCT_FLAT, 1),
+        ("64 columns", columns, PRODUCT_NARROW, 1),
+        ("64 terms", terms, PRODUCT_SHALLOW, 2),
+    ):
+        calls = {
+            config.label(): partial(call, TritonKernels(config=config))
+            for config in dict.fromkeys((*configs, *PRODUCT_TMA[:2], *MORE_SHALLOW))
+        }
+        bench.move(name, (batch, n, m), x.nbytes * passes, calls)
+    factors = {"default": partial(shrink_factors, kernels, image, signs, size)}
+    bench.move("factors of deflation", (batch, n, m), image.nbytes * 3, factors)
+
+
 def normalize(bench: Bench) -> None:
     """Bytes per second, counting one read and one write."""
     kernels, reference = TritonKernels(), TorchKernels()
@@ -424,6 +494,7 @@ PARTS = {
     "gram": gram_part,
     "product": product,
     "whole": whole,
+    "deflation": deflation,
     "normalize": normalize,
     "small": small,
     "host": host_part,

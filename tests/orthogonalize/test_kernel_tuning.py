@@ -186,6 +186,12 @@ def test_defaults_are_what_the_h200_measured():
     assert product(16, 2048, 2048) == product(4, 4096, 14336) == "128x256x64w8s3"
     assert product(1, 256, 256) == product(1, 4096, 64) == "64x128x64w4s4"
     assert product(8, 4096, 64) == "128x128x64w4s3"  # no wider than the result
+    shapes = ((64, 4096, 4096), (4096, 64, 4096), (4096, 4096, 64), (65, 65, 65))
+    few = [configs.product_configs(torch.float16, True, *shape) for shape in shapes]
+    small = [configs.PRODUCT_FLAT, configs.PRODUCT_NARROW, configs.PRODUCT_SHALLOW]
+    assert few == [*small, configs.PRODUCT_TMA]
+    labels = [configs.default_product(each, 16, 64, 64, 132).label() for each in few[:3]]
+    assert labels == ["64x128x64w4s4", "64x64x64w4s6", "64x128x64w4s1"]
     # No pointer configuration of depth 32, which came out wrong.
     for config in (*configs.SYMMETRIC_POINTER, *configs.PRODUCT_POINTER):
         assert config.depth == 64

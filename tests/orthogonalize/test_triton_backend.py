@@ -452,8 +452,10 @@ def all_candidates(product):
     """Backends forced to each candidate, with descriptors where there can be any, and without."""
     from flashns_dist.orthogonalize.kernels import triton_configs
 
-    for config in getattr(triton_configs, f"{product}_TMA"):
-        yield TritonKernels(config=config)
+    few = ("FLAT", "NARROW", "SHALLOW") if product == "PRODUCT" else ()
+    for kind in ("TMA", *few):
+        for config in getattr(triton_configs, f"{product}_{kind}"):
+            yield TritonKernels(config=config)
     for config in getattr(triton_configs, f"{product}_POINTER"):
         yield TritonKernels(config=config, descriptors=False)
 

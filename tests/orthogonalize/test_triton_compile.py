@@ -138,7 +138,8 @@ def smalls(arch):
 
 hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
 hopper += [product(c, True, 90, True) for c in configs.PRODUCT_TMA]
-hopper += [product(c, True, 90, False) for c in configs.PRODUCT_SHALLOW]
+few = (*configs.PRODUCT_FLAT, *configs.PRODUCT_NARROW, *configs.PRODUCT_SHALLOW)
+hopper += [product(c, True, 90, False) for c in few]
 ampere = [symmetric(c, False, 80) for c in configs.SYMMETRIC_POINTER]
 ampere += [product(c, False, 80, s) for c in configs.PRODUCT_POINTER for s in (True, False)]
 if gluon_kernels() is not None:

@@ -12,7 +12,7 @@ from flashns_dist.orthogonalize.kernels.interface import Kernels
 
 _HALF = (torch.float16, torch.bfloat16)
 BLOCK = 64
-"""Columns of a program of ``shrink_factors``."""
+"""Columns that a program of ``shrink_factors`` multiplies at a time."""
 TILE = 128
 """Rows and columns of a program that sums the squares of a symmetric matrix."""
 
@@ -44,14 +44,23 @@ def shrink_factors(
     batch, k, n = image.shape
     image, signs = image.contiguous(), signs.contiguous()
     a, weights = torch.empty_like(image), torch.empty_like(image, dtype=dtype)
-    grid = (batch, -(-n // BLOCK))
+    # At most two programs per SM: more would read what they share more often.
+    blocks = -(-n // BLOCK)
+    chunks = -(-blocks // max(1, 2 * _num_sms(image) // batch))
+    grid = (batch, -(-blocks // chunks))
     constants = {"K": k, "BLOCK": BLOCK, "PRECISION": _precision(image)}
     options = {"num_warps": 4, "num_stages": 4}
     basis, shrink = {"ROW": basis_row}, {"ROW": shrink_row, "WEIGHT": weight}
-    _launch("shrink_basis_kernel", grid, (image, signs, a), (n, size), basis | constants, options)
     _launch(
-        "shrink_weights_kernel", grid, (a, weights), (n, size, margin), shrink | constants, options
+        "shrink_basis_kernel",
+        grid,
+        (image, signs, a),
+        (n, chunks, size),
+        basis | constants,
+        options,
     )
+    numbers = (n, chunks, size, margin)
+    _launch("shrink_weights_kernel", grid, (a, weights), numbers, shrink | constants, options)
     return a, weights
 
 
@@ -94,6 +103,12 @@ def _sums_of_squares(matrix: Tensor) -> Tensor:
     grid, options = (tiles, batch), {"num_warps": 8}
     _launch("squares_kernel", grid, (matrix, sums), (n,), {"TILE": TILE}, options)
     return sums
+
+
+def _num_sms(t: Tensor) -> int:
+    from flashns_dist.orthogonalize.kernels.triton_passes import device_facts
+
+    return device_facts(t.get_device())[2] if t.is_cuda else 2
 
 
 def _block(tiles: int) -> int:

@@ -53,28 +53,39 @@ def _inner(left, right, base, right_base, n, K: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _multiply_chunk(
-    factor, source, target, base, n, K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+def _multiply_chunks(
+    factor,
+    source,
+    target,
+    base,
+    n,
+    chunks,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """This program's ``BLOCK`` columns of ``factor source``."""
+    """This program's ``chunks`` blocks of columns of ``factor source``."""
     rows = tl.arange(0, K)[:, None].to(tl.int64) * n
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offsets, mask = rows + cols[None, :], cols[None, :] < n
-    block = tl.load(source + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    block = tl.dot(factor, block, input_precision=PRECISION)
-    tl.store(target + base + offsets, block.to(target.dtype.element_ty), mask=mask)
+    for chunk in tl.range(0, chunks):
+        cols = (tl.program_id(1) * chunks + chunk) * BLOCK + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(source + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        block = tl.dot(factor, block, input_precision=PRECISION)
+        tl.store(target + base + offsets, block.to(target.dtype.element_ty), mask=mask)
 
 
-# Both kernels below run one program per matrix and block of columns. Each program computes the
-# K x K matrices anew, which takes less time than waiting for another that does.
+# Both kernels below run one program per matrix and ``chunks`` blocks of columns. Each program
+# computes the K x K matrices anew, which takes less time than waiting for another that does.
+# ``chunks`` depends on the batch: compiled once for all, so that bits do not.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def shrink_basis_kernel(
     image,  # (batch, K, n), contiguous
     signs,  # (K, n), contiguous
     a,  # (batch, K, n), contiguous
     n,
+    chunks,
     size,
     ROW: tl.constexpr,  # nine numbers
     K: tl.constexpr,
@@ -95,14 +106,15 @@ def shrink_basis_kernel(
     scale = 1.0 / _relative_bound(fourth, K)
     factor = _chain(inner * scale, square * (scale * scale), identity, ROW, PRECISION)
     factor = factor * (size * tl.sqrt(scale / norm))
-    _multiply_chunk(factor, image, a, base, n, K, BLOCK, PRECISION)
+    _multiply_chunks(factor, image, a, base, n, chunks, K, BLOCK, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def shrink_weights_kernel(
     a,  # (batch, K, n), contiguous
     weights,  # (batch, K, n), contiguous
     n,
+    chunks,
     size,
     margin,
     ROW: tl.constexpr,
@@ -117,7 +129,7 @@ def shrink_weights_kernel(
     identity = (r[:, None] == r[None, :]).to(tl.float32)
     inner = _inner(a, a, base, base, n, K, BLOCK) * (1.0 / (margin * size * size))
     phi = _shrink(inner, identity, ROW, WEIGHT, PRECISION) * (1.0 / (margin * size))
-    _multiply_chunk(phi, a, weights, base, n, K, BLOCK, PRECISION)
+    _multiply_chunks(phi, a, weights, base, n, chunks, K, BLOCK, PRECISION)
 
 
 @triton.jit

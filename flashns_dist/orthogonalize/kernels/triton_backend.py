@@ -386,7 +386,7 @@ class TritonKernels:
             tma = self._descriptors_usable(a, x, c, out) and described(out) is False
             batch, n, k = a.shape
             m = x.shape[2]
-            configs = product_configs(a.dtype, tma, k)
+            configs = product_configs(a.dtype, tma, n, m, k)
             accuracy = precision(a.dtype, has_tensor_cores(a))
 
             def launch(config: TileConfig) -> Launch:

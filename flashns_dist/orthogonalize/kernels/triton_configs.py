@@ -60,12 +60,13 @@ PRODUCT_TMA = (
     TileConfig(128, 256, 64, 8, 4),
     TileConfig(64, 128, 64, 4, 4),
 )
-# For sums of at most 64, which only move memory: no pipeline, so that many programs fit on an SM.
-PRODUCT_SHALLOW = (
-    TileConfig(128, 128, 64, 8, 1),
-    TileConfig(128, 128, 64, 4, 3),
-    TileConfig(64, 128, 64, 4, 1),
-)
+# What only moves memory, as the products of deflation with the matrix (k is 64 there): at most 64
+# rows, at most 64 columns, and sums of at most 64. Tiles as small as that, and for the last no
+# pipeline, so that many programs fit on an SM. Measured on eight shapes: the first is within 6 % of
+# the best everywhere (docs/benchmarks/README.md).
+PRODUCT_FLAT = (TileConfig(64, 128, 64, 4, 4), TileConfig(64, 256, 64, 8, 4))
+PRODUCT_NARROW = (TileConfig(64, 64, 64, 4, 6), TileConfig(64, 64, 128, 4, 4))
+PRODUCT_SHALLOW = (TileConfig(64, 128, 64, 4, 1), TileConfig(64, 256, 64, 4, 1))
 # With plain pointers (other devices, and strides that descriptors cannot express). No depth of 32:
 # with odd strides the symmetric product of 128 x 128 x 32 and 4 warps came out wrong on the H200 at
 # (5, 129, 131), float16 and bfloat16, while every depth of 64 was right. Why is not known: the PTX
@@ -91,13 +92,19 @@ def symmetric_configs(
     return SYMMETRIC_TMA if tma else SYMMETRIC_POINTER
 
 
-def product_configs(dtype: torch.dtype, tma: bool, k: int) -> tuple[TileConfig, ...]:
-    """The candidates of a general product that sums over ``k``."""
+def product_configs(
+    dtype: torch.dtype, tma: bool, n: int, m: int, k: int
+) -> tuple[TileConfig, ...]:
+    """The candidates of a general ``n x m`` product that sums over ``k``."""
     if dtype == torch.float32:
         return (FLOAT32,)
     if not tma:
         return PRODUCT_POINTER
-    return PRODUCT_TMA if k > 64 else PRODUCT_SHALLOW
+    if k <= 64:
+        return PRODUCT_SHALLOW
+    if n <= 64:
+        return PRODUCT_FLAT
+    return PRODUCT_NARROW if m <= 64 else PRODUCT_TMA
 
 
 def default_symmetric(
@@ -127,8 +134,10 @@ def default_product(
 
     The last, a small tile, if the first would leave SMs idle. With descriptors the second, twice as
     wide, from n = 2048 on: 16 % faster than the first at (16, 2048, 2048) on the H200, and slower
-    by 1 % at n = 1024.
+    by 1 % at n = 1024. The first of those that only move memory.
     """
+    if configs in (PRODUCT_FLAT, PRODUCT_NARROW, PRODUCT_SHALLOW):
+        return configs[0]
 
     def programs(config: TileConfig) -> int:
         return batch * -(-n // config.rows) * -(-m // config.cols)
