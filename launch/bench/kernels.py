@@ -24,7 +24,7 @@ from torch import Tensor
 from flashns_dist.orthogonalize.coefficients import POLAR_EXPRESS
 from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS, shrink_factors
 from flashns_dist.orthogonalize.gram import gram, run_steps
-from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized
+from flashns_dist.orthogonalize.kernels.gluon_launch import fits_symmetric
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
@@ -257,7 +257,7 @@ def check(bench: Bench) -> None:
 def _symmetric_candidates(a: Tensor, b: Tensor, out: Tensor) -> list[TileConfig]:
     """Every configuration that takes ``a b^T``, and some more."""
     capability = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 0
-    fits = fits_specialized(a, b, None, out, capability=capability)
+    fits = fits_symmetric(a, b, None, out, capability=capability)
     return [*(SYMMETRIC_HOPPER if fits else SYMMETRIC_TMA), *MORE_SYMMETRIC]
 
 

@@ -1,4 +1,4 @@
-"""Runs the Gluon kernel in Python: a thread per partition, and torch tensors for memory.
+"""Runs the Gluon kernels in Python: a thread per partition, and torch tensors for memory.
 
 What the hardware does asynchronously (loads, stores and products) happens as early as it may or as
 late as it may, so that memory that is read before it is filled, or filled before it is read, shows
@@ -13,10 +13,13 @@ from types import FunctionType, SimpleNamespace
 
 import torch
 
-from flashns_dist.orthogonalize.kernels import gluon_tiles
+from flashns_dist.orthogonalize.kernels import gluon_pipeline, gluon_tiles
 
 TIMEOUT = 30.0
 """Seconds after which a wait is taken for a deadlock."""
+
+BLOCK, HALF = 32, 16
+"""Rows of a tile, a quarter of the device's; and of a square, columns of a step."""
 
 THREAD = threading.local()
 """Of a partition: its stores under way, and whether it reads what no fence has waited for."""
@@ -52,9 +55,9 @@ class Shared:
         return Shared(flat, self.shape[1:], self.chunk)
 
     def _reinterpret(self, dtype, shape, layout):
-        assert dtype == self.dtype
+        assert dtype.itemsize == self.dtype.itemsize
         assert torch.Size(shape).numel() == self.flat.numel()
-        return Shared(self.flat, list(shape), self.chunk)
+        return Shared(self.flat.view(dtype), list(shape), self.chunk)
 
     def slice(self, start, size, dim):
         return Shared(self.flat, self.shape, self.chunk, (dim, start, size), self.turned)
@@ -175,8 +178,8 @@ class Sum:
             self.value = product + self.value if use else product
 
 
-def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, swapped=(0, 0)):
-    """``symmetric_kernel`` of ``module`` for stacks of matrices; fills ``out``.
+def simulate_symmetric(module, a, b, c, out, scalars, *, stages, programs, late, swapped=(0, 0)):
+    """``symmetric_kernel`` of ``gluon_symmetric`` for stacks of matrices; fills ``out``.
 
     Args:
         module: Of the kernel.
@@ -185,15 +188,67 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
         c: ``(batch, n, n)``, or None.
         out: The same.
         scalars: ``alpha, beta, gamma``: numbers, or ``(batch,)`` tensors.
-        block: ``BLOCK``.
         stages: ``STAGES``.
         programs: How many.
         late: Whether loads, products and stores happen late, a flag each.
         swapped: Whether ``a`` and ``b`` lie in memory transposed.
     """
-    late_loads, late_products, late_stores = late
     batch, n, k = a.shape
-    half, depth = block // 2, block // 2
+    target = square(out)
+    each = [isinstance(scalar, torch.Tensor) for scalar in scalars]
+    _simulate(
+        module,
+        "symmetric_kernel",
+        (
+            factor(a, swapped[0], HALF), factor(b, swapped[1], BLOCK),
+            target if c is None else square(c), target, *map(pointer, scalars), 1.0, 1.0, 1.0,
+            n, k, batch, c is not None, *each, *map(bool, swapped), BLOCK, HALF, stages, 2,
+        ),
+        programs,
+        late,
+    )  # fmt: skip
+
+
+def simulate_product(module, a, x, c, out, scalars, *, transpose, programs, late, swapped=(0, 0)):
+    """``product_kernel`` of ``gluon_product`` with four stages; see ``simulate_symmetric``.
+
+    ``x`` is ``(batch, k, m)``, ``scalars`` are ``alpha, beta, shift``, and ``swapped`` is of ``a``
+    and of ``x^T``.
+    """
+    batch, n, k = a.shape
+    alpha, beta, shift = scalars
+    target = square(out)
+    _simulate(
+        module,
+        "product_kernel",
+        (
+            factor(a, swapped[0], HALF), factor(x.mT, swapped[1], BLOCK),
+            target if c is None else square(c), square(a) if shift else target, target,
+            pointer(alpha), pointer(beta), 1.0, 1.0, shift, n, x.shape[2], k, batch,
+            c is not None, shift != 0, isinstance(alpha, torch.Tensor),
+            isinstance(beta, torch.Tensor), *map(bool, swapped), transpose, BLOCK, HALF, 4, 2,
+        ),
+        programs,
+        late,
+    )  # fmt: skip
+
+
+def factor(t, is_swapped, rows):
+    t, box = (t.mT, (HALF, rows)) if is_swapped else (t, (rows, HALF))
+    return Descriptor(t.reshape(-1, t.shape[-1]), box)
+
+
+def square(t):
+    assert t.is_contiguous()
+    return Descriptor(t.view(-1, t.shape[-1]), (HALF, HALF))
+
+
+def pointer(scalar):
+    return Pointer(scalar) if isinstance(scalar, torch.Tensor) else scalar
+
+
+def _simulate(module, kernel_name, arguments, programs, late):
+    late_loads, late_products, late_stores = late
     lock = threading.Condition()
     lock.errors = []
 
@@ -240,7 +295,7 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
             barriers = [Barrier(lock) for _ in range(shape[0])]
             return SimpleNamespace(index=lambda i: barriers[int(i)])
         flat = torch.full((torch.Size(shape).numel(),), torch.nan, dtype=dtype)
-        return Shared(flat, list(shape), half)
+        return Shared(flat, list(shape), HALF)
 
     def specialize(partitions, warps, registers):
         def run(function, arguments):
@@ -299,22 +354,9 @@ def simulate(module, a, b, c, out, scalars, *, block, stages, programs, late, sw
             arrive=arrive,
         ),
     }
-    for name, kernel in (vars(gluon_tiles) | vars(module)).items():
+    for name, kernel in (vars(gluon_tiles) | vars(gluon_pipeline) | vars(module)).items():
         if hasattr(kernel, "fn"):
             names[name] = FunctionType(kernel.fn.__code__, names, name)
 
-    def described(t, is_swapped, rows, cols):
-        t, box = (t.mT, (cols, rows)) if is_swapped else (t, (rows, cols))
-        return Descriptor(t.reshape(-1, t.shape[-1]), box)
-
-    assert out.is_contiguous()
-    target = Descriptor(out.view(-1, n), (half, half))
-    each = [isinstance(scalar, torch.Tensor) for scalar in scalars]
-    numbers = [Pointer(s) if isinstance(s, torch.Tensor) else s for s in scalars]
     for program.now in range(programs):
-        names["symmetric_kernel"](
-            described(a, swapped[0], half, depth), described(b, swapped[1], block, depth),
-            target if c is None else described(c, False, half, half), target,
-            *numbers, 1.0, 1.0, 1.0, n, k, batch,
-            c is not None, *each, *map(bool, swapped), block, depth, stages, 2,
-        )  # fmt: skip
+        names[kernel_name](*arguments)

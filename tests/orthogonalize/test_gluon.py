@@ -1,6 +1,7 @@
-"""The Gluon kernel of symmetric products: which tiles its programs take, and its bits on Hopper."""
+"""The Gluon kernels: which tiles their programs take, and their bits on Hopper."""
 
 import builtins
+import itertools
 from types import FunctionType, SimpleNamespace
 
 import pytest
@@ -12,20 +13,29 @@ gluon_symmetric = pytest.importorskip(
     exc_type=ImportError,
 )
 
-from flashns_dist.orthogonalize.kernels import gluon_launch, gluon_tiles  # noqa: E402
+from flashns_dist.orthogonalize.kernels import (  # noqa: E402
+    gluon_launch,
+    gluon_product,
+    gluon_tiles,
+)
 from flashns_dist.orthogonalize.kernels.gluon_launch import (  # noqa: E402
-    fits_specialized,
+    fits_product,
+    fits_symmetric,
     gluon_kernels,
 )
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_configs import (  # noqa: E402
+    PRODUCT_HOPPER,
+    PRODUCT_TMA,
     SPECIALIZED,
     SYMMETRIC_HOPPER,
     SYMMETRIC_TMA,
+    default_product,
     default_symmetric,
 )
 from tests.orthogonalize import gluon_simulator  # noqa: E402
 
+KERNELS = (gluon_symmetric.symmetric_kernel, gluon_product.product_kernel)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -84,11 +94,11 @@ def operands(batch, n, k, dtype=torch.float16, **options):
 
 
 def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
-    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: KERNELS)
 
     def fits(a, b, c, out=None, capability=9):
         out = c if out is None else out
-        return fits_specialized(a, b, c, out, capability=capability)
+        return fits_symmetric(a, b, c, out, capability=capability)
 
     a, b, c = operands(2, 256, 192)
     assert fits(a, b, c)
@@ -98,7 +108,8 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
     assert not fits(*operands(2, 192, 192))
     assert not fits(*operands(2, 256, 160))
     assert not fits(*operands(2, 256, 64))
-    assert not fits(a, b, c.bfloat16())
+    assert not fits(a, b, c.float())
+    assert not fits(a, b.bfloat16(), c)
     assert not fits(a, b, c.mT)
     assert not fits(a, b, None, c.mT)
     assert not fits(a, b[:1], c)
@@ -111,9 +122,9 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
 
 
 def test_descriptors_say_where_the_blocks_are(monkeypatch):
-    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: KERNELS)
     a, b, out = operands(2, 256, 192)
-    launch = gluon_launch.specialized_launch(
+    launch = gluon_launch.symmetric_launch(
         a, b.mT.contiguous().mT, None, out, (1.0,) * 6, config=SPECIALIZED, num_sms=132
     )
     found = [(d.shape, d.strides, d.block_shape) for d in launch.changing[:4]]
@@ -164,14 +175,120 @@ def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dt
         for addend in (None, c):
             for alpha, beta, gamma in ((0.5, 2.0, -3.0), scalars):
                 out = torch.full((batch, n, n), torch.nan, dtype=dtype)
-                gluon_simulator.simulate(
-                    gluon_symmetric, left, right, addend, out, (alpha, beta, gamma), block=32,
-                    stages=4, programs=programs, late=late, swapped=swapped,
+                gluon_simulator.simulate_symmetric(
+                    gluon_symmetric, left, right, addend, out, (alpha, beta, gamma), stages=4,
+                    programs=programs, late=late, swapped=swapped,
                 )  # fmt: skip
                 scales = [torch.as_tensor(v).view(-1, 1, 1) for v in (alpha, beta, gamma)]
                 full = scales[0] * (a.float() @ b.float().mT) + scales[2] * torch.eye(n)
                 full = full if addend is None else full + scales[1] * c.float()
                 assert torch.equal(out, (full.tril() + full.tril(-1).mT).to(dtype))
+
+
+@pytest.mark.parametrize("num_matrices", [1, 3])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 2), (8, 5), (13, 4), (17, 1)])
+def test_turns_go_through_all_tiles_of_a_product(rows, cols, num_matrices):
+    words = SimpleNamespace(minimum=min)
+    tile_at = FunctionType(gluon_tiles.tile_at.fn.__code__, {"gl": words}, "tile_at")
+    found = [tile_at(turn, rows, cols, 8) for turn in range(num_matrices * rows * cols)]
+    expected = [(b, i, j) for b in range(num_matrices) for i in range(rows) for j in range(cols)]
+    assert sorted(found) == expected
+    if rows >= 8:  # eight tiles in a row read the same columns
+        assert found[:8] == [(0, row, 0) for row in range(8)]
+
+
+def test_only_products_of_whole_tiles_fit(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: KERNELS)
+
+    def fits(n=256, m=512, k=192, transpose=False, shifted=False, swap=(), capability=9, **dtypes):
+        shapes = {"a": (n, k), "x": (k, m), "c": (n, m), "out": (m, n) if transpose else (n, m)}
+        tensors = {
+            name: torch.zeros(2, *shape, dtype=dtypes.get(name, torch.float16))
+            for name, shape in shapes.items()
+        }
+        for name in swap:
+            tensors[name] = tensors[name].mT.contiguous().mT
+        return fits_product(
+            *tensors.values(), transpose=transpose, shifted=shifted, capability=capability
+        )
+
+    assert fits()
+    assert fits(transpose=True)
+    assert fits(swap=("a", "x"))
+    assert fits(n=512, k=512, shifted=True)
+    assert fits(c=torch.bfloat16, out=torch.bfloat16)
+    assert not fits(shifted=True)  # a is added where it is as wide as the result
+    assert not fits(n=512, k=512, shifted=True, swap="a")
+    assert not fits(capability=10)
+    assert not fits(n=192)
+    assert not fits(m=384)
+    assert not fits(k=160)
+    assert not fits(k=64)
+    assert not fits(out=torch.float32)
+    assert not fits(x=torch.bfloat16)
+    assert not fits(swap="c")
+    assert not fits(swap=("out",))
+    a, x = torch.zeros(1, 256, 192).half().expand(2, -1, -1), torch.zeros(2, 192, 512).half()
+    out = torch.zeros(2, 256, 512).half()
+    assert not fits_product(a, x, None, out, transpose=False, shifted=False, capability=9)
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: None)
+    assert not fits()
+
+
+def test_descriptors_of_a_product_say_where_the_blocks_are(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: KERNELS)
+    a, x = torch.zeros(2, 256, 256).half(), torch.zeros(2, 256, 512).half()
+    out = torch.zeros(2, 512, 256).half()
+    launch = gluon_launch.product_launch(
+        a, x, None, out, (1.0,) * 5, True, config=SPECIALIZED, num_sms=132
+    )
+    found = [(d.shape, d.block_shape) for d in launch.changing[:5]]
+    last = ([1024, 256], [64, 64])
+    own = ([512, 256], [64, 64])
+    assert found == [own, ([512, 512], [64, 128]), last, own, last]
+    flags = [launch.constants[name] for name in ("A_SWAPPED", "B_SWAPPED", "HAS_C", "SHIFTED")]
+    assert (flags, launch.fixed) == ([False, True, False, True], (256, 512, 256, 2))
+
+
+def test_the_product_is_the_default_where_every_sm_gets_a_tile():
+    def chosen(batch, n, m):
+        return default_product(PRODUCT_HOPPER, batch, n, m, 132)
+
+    assert {chosen(4, 2048, 2048), chosen(24, 1024, 4096), chosen(1, 4096, 4096)} == {SPECIALIZED}
+    for shape in ((1, 2048, 2048), (2, 768, 768)):
+        assert chosen(*shape) == default_product(PRODUCT_TMA, *shape, 132)
+
+
+@pytest.mark.parametrize("late", [(False,) * 3, (True,) * 3, (True, False, False)])
+@pytest.mark.parametrize(
+    ("batch", "n", "m", "k", "programs"),
+    [(1, 32, 64, 32, 2), (2, 64, 128, 144, 3), (3, 96, 64, 80, 2), (2, 64, 64, 64, 1)],
+)
+def test_the_source_of_the_product_run_in_python_computes_it(batch, n, m, k, programs, late):
+    def random(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).half()
+
+    generator = torch.Generator().manual_seed(n)
+    a, x, c = random(batch, n, k), random(batch, k, m), random(batch, n, m).bfloat16()
+    each = [torch.randint(-2, 3, (batch,), generator=generator) / 2 for _ in range(2)]
+    for turn, scalars in enumerate(((0.5, 2.0), each)):
+        for addend in (None, c):
+            shift = 3.0 if k == m and addend is not None else 0.0
+            for transpose in (False, True):
+                swapped = (turn and not shift, transpose)
+                left = a.mT.contiguous().mT if swapped[0] else a
+                right = x if swapped[1] else x.mT.contiguous().mT
+                shape = (batch, m, n) if transpose else (batch, n, m)
+                out = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+                gluon_simulator.simulate_product(
+                    gluon_product, left, right, addend, out, (*scalars, shift),
+                    transpose=transpose, programs=programs, late=late, swapped=swapped,
+                )  # fmt: skip
+                alpha, beta = (torch.as_tensor(scalar).view(-1, 1, 1) for scalar in scalars)
+                full = alpha * (a.float() @ x.float())
+                full = full + alpha * shift * a.float() if shift else full
+                full = full if addend is None else full + beta * c.float()
+                assert torch.equal(out.mT if transpose else out, full.bfloat16())
 
 
 @pytest.mark.gpu
@@ -249,3 +366,33 @@ class TestOnHopper:
             result.fill_(torch.nan)
             graph.replay()
             assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("batch", "n", "m", "k"),
+        [(1, 128, 256, 128), (2, 256, 256, 256), (3, 384, 1024, 320), (40, 640, 512, 640),
+         (5, 2048, 2048, 2048), (70, 768, 768, 256)],
+    )  # fmt: skip
+    def test_the_bits_of_its_products_are_those_of_the_other_kernels(self, batch, n, m, k, dtype):
+        generator = torch.Generator("cuda").manual_seed(n)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+        specialized, plain = TritonKernels(config=SPECIALIZED), TritonKernels(config=PRODUCT_TMA[0])
+        a, x, c = random(batch, n, k) / k**0.5, random(batch, k, m), random(batch, n, m)
+        scalars = [torch.rand(batch, generator=generator, device="cuda") for _ in range(2)]
+        shifts = (0.0, 1.5) if k == m else (0.0,)
+        choices = itertools.product((None, c), ((0.7, 0.3), scalars), shifts, (False, True))
+        for addend, (alpha, beta), shift, transpose in choices:
+            options = {"alpha": alpha, "c": addend, "beta": beta, "shift": shift}
+            options |= {"transpose": transpose, "dtype": torch.bfloat16}
+            expected = plain.product(a, x, **options)
+            lefts = (a,) if shift else (a, a.mT.contiguous().mT)
+            for left, right in itertools.product(lefts, (x, x.mT.contiguous().mT)):
+                for _ in range(3):
+                    out = torch.full_like(expected, torch.nan)
+                    found = specialized.product(left, right, out=out, **options)
+                    assert torch.equal(found, expected)
+            found = TritonKernels(tune=False).product(a, x, **options)
+            assert torch.equal(found, expected)

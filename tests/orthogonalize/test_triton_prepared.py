@@ -39,7 +39,7 @@ def active(monkeypatch):
         get_current_stream=lambda device: STREAM + device,
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: gluon_symmetric)
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: (gluon_symmetric.symmetric_kernel,))
 
 
 def _hashable(fact):
@@ -92,7 +92,7 @@ def product(tensors, scalars=(0.5, 2.0, 1.0, 1.0, 0.0), tma=True):
 def gluon(tensors, scalars, tma):
     a, b, c, out = tensors
     assert tma
-    return gluon_launch.specialized_launch(a, b.mT, c, out, scalars, config=SPECIALIZED, num_sms=4)
+    return gluon_launch.symmetric_launch(a, b.mT, c, out, scalars, config=SPECIALIZED, num_sms=4)
 
 
 @pytest.mark.parametrize(

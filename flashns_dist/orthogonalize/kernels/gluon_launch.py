@@ -1,9 +1,8 @@
-"""Launches of the Gluon kernel of symmetric products: where it can run, and its operands."""
+"""Launches of the Gluon kernels: where they can run, and their operands."""
 
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,21 +17,21 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import Launch
 
 
 @cache
-def gluon_kernels() -> ModuleType | None:
-    """The module of Gluon kernels, or None where it is not known to be right.
+def gluon_kernels() -> tuple[Any, Any] | None:
+    """The kernels of symmetric and of general products; None where they are not known to be right.
 
     That is with Triton 3.6 alone: Gluon is experimental, and only there have its results been
-    compared on a GPU. (3.7 and 3.8 compile the kernel, 3.9 does not: before another version is let
+    compared on a GPU. (3.7 and 3.8 compile the kernels, 3.9 does not: before another version is let
     in here, ``test_gluon.py`` has to pass with it on a Hopper GPU.)
     """
     if interpreting() or tuple(map(int, triton.__version__.split(".")[:2])) != (3, 6):
         return None
-    from flashns_dist.orthogonalize.kernels import gluon_symmetric
+    from flashns_dist.orthogonalize.kernels import gluon_product, gluon_symmetric
 
-    return gluon_symmetric
+    return gluon_symmetric.symmetric_kernel, gluon_product.product_kernel
 
 
-def fits_specialized(
+def fits_symmetric(
     a: Tensor,  # (batch, n, k)
     b: Tensor,  # (batch, n, k), the second factor's transpose
     c: Tensor | None,
@@ -44,15 +43,51 @@ def fits_specialized(
 
     On Hopper, for matrices that whole tiles cover and that lie one after the other.
     """
-    batch, n, k = a.shape
+    batch, n, _ = a.shape
     if b.shape != a.shape or out.shape != (batch, n, n):
         return False
-    if capability != 9 or n % SPECIALIZED.rows or k % SPECIALIZED.depth or k < 128:
+    if c is not None and c.shape != out.shape:
         return False
-    tensors = [t for t in (a, b, c, out) if t is not None]
-    if any(t.dtype != a.dtype or not _stacked(t) for t in tensors):
+    return _fits(a, (a, b), (c, out), n % SPECIALIZED.rows, capability)
+
+
+def fits_product(
+    a: Tensor,  # (batch, n, k)
+    x: Tensor,  # (batch, k, m)
+    c: Tensor | None,
+    out: Tensor,
+    *,
+    transpose: bool,
+    shifted: bool,
+    capability: int,  # the major number
+) -> bool:
+    """Whether the Gluon kernel takes a general product; see ``fits_symmetric``."""
+    batch, n, k = a.shape
+    m = x.shape[2]
+    if x.shape != (batch, k, m) or out.shape != ((batch, m, n) if transpose else (batch, n, m)):
         return False
-    if described(out) or (c is not None and (described(c) or c.shape != out.shape)):
+    if c is not None and c.shape != (batch, n, m):
+        return False
+    if shifted and (k != m or described(a)):
+        return False
+    rest = n % SPECIALIZED.rows + m % SPECIALIZED.cols
+    return _fits(a, (a, x), (c, out), rest, capability)
+
+
+def _fits(
+    a: Tensor,
+    factors: tuple[Tensor, ...],
+    others: tuple[Tensor | None, ...],  # what is added and what is written
+    rest: int,  # rows and columns that whole tiles do not cover
+    capability: int,
+) -> bool:
+    k = a.shape[2]
+    if capability != 9 or rest or k % SPECIALIZED.depth or k < 2 * SPECIALIZED.depth:
+        return False
+    added = [t for t in others if t is not None]
+    if any(t.dtype != a.dtype for t in factors) or any(t.itemsize != 2 for t in added):
+        return False
+    if not all(map(_stacked, (*factors, *added))) or any(map(described, added)):
         return False
     return gluon_kernels() is not None
 
@@ -64,7 +99,7 @@ def _stacked(t: Tensor) -> bool:
     return t.shape[0] == 1 or batch_stride == along
 
 
-def specialized_launch(
+def symmetric_launch(
     a: Tensor,
     b: Tensor,
     c: Tensor | None,
@@ -76,10 +111,8 @@ def specialized_launch(
 ) -> Launch:
     """Writes ``alpha * a b^T + beta * c + gamma * I`` to ``out``; see ``gluon_symmetric``.
 
-    Arguments are those of ``triton_launch.symmetric_launch``, for which ``fits_specialized`` holds.
+    Arguments are those of ``triton_launch.symmetric_launch``, for which ``fits_symmetric`` holds.
     """
-    kernels = gluon_kernels()
-    assert kernels is not None
     block, depth = config.rows, config.depth
     batch, n, k = a.shape
     a_swapped, b_swapped = bool(described(a)), bool(described(b))
@@ -90,10 +123,6 @@ def specialized_launch(
         "GAMMA_EACH": isinstance(scalars[2], Tensor),
         "A_SWAPPED": a_swapped,
         "B_SWAPPED": b_swapped,
-        "BLOCK": block,
-        "BLOCK_K": depth,
-        "STAGES": config.stages,
-        "GROUP": config.group,
     }
     half = block // 2
     operands = (
@@ -102,14 +131,66 @@ def specialized_launch(
         _descriptor(out if c is None else c, False, half, half),
         _descriptor(out, False, half, half),
     )
-    return Launch(
-        kernels.symmetric_kernel,
-        (num_sms,),
-        (*operands, *scalars),
-        (n, k, batch),
-        constants,
-        {"num_warps": config.warps} | UNFUSED,
+    return _launch(0, operands + scalars, (n, k, batch), constants, config, num_sms)
+
+
+def product_launch(
+    a: Tensor,  # (batch, n, k)
+    x: Tensor,  # (batch, k, m)
+    c: Tensor | None,
+    out: Tensor,
+    scalars: tuple[float | Tensor, ...],
+    transpose: bool,
+    *,
+    config: TileConfig,
+    num_sms: int,
+) -> Launch:
+    """Writes ``alpha * a (x + shift I) + beta * c`` to ``out``; see ``gluon_product``.
+
+    Arguments are those of ``triton_launch.product_launch``, for which ``fits_product`` holds.
+    """
+    block, depth = config.rows, config.depth
+    batch, n, k = a.shape
+    shifted = scalars[-1] != 0.0
+    a_swapped, b_swapped = bool(described(a)), bool(described(x.mT))
+    constants = {
+        "HAS_C": c is not None,
+        "SHIFTED": shifted,
+        "ALPHA_EACH": isinstance(scalars[0], Tensor),
+        "BETA_EACH": isinstance(scalars[1], Tensor),
+        "A_SWAPPED": a_swapped,
+        "B_SWAPPED": b_swapped,
+        "TRANSPOSE": transpose,
+    }
+    half = block // 2
+    operands = (
+        _descriptor(a, a_swapped, half, depth),
+        _descriptor(x.mT, b_swapped, block, depth),
+        _descriptor(out if c is None else c, False, half, half),
+        _descriptor(a if shifted else out, False, half, half),
+        _descriptor(out, False, half, half),
     )
+    return _launch(1, operands + scalars, (n, x.shape[2], k, batch), constants, config, num_sms)
+
+
+def _launch(
+    which: int,
+    changing: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
+    config: TileConfig,
+    num_sms: int,
+) -> Launch:
+    kernels = gluon_kernels()
+    assert kernels is not None
+    tiles = {
+        "BLOCK": config.rows,
+        "BLOCK_K": config.depth,
+        "STAGES": config.stages,
+        "GROUP": config.group,
+    }
+    options = {"num_warps": config.warps} | UNFUSED
+    return Launch(kernels[which], (num_sms,), changing, sizes, constants | tiles, options)
 
 
 def _descriptor(t: Tensor, swapped: bool, rows: int, cols: int) -> Any:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Which tiles of the lower triangles a program of the Gluon kernel takes, and in which order."""
+"""Which tiles a program of the Gluon kernels takes, and in which order."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -77,3 +77,17 @@ def square_at(square, num_blocks):
     """The matrix and block row of a square."""
     each = (num_blocks + 1) // 2
     return square // each, square % each * 2
+
+
+@gluon.jit
+def tile_at(turn, blocks_n, blocks_m, GROUP: gl.constexpr):
+    """The matrix, block row and block column of a turn's tile of whole matrices.
+
+    ``GROUP`` block rows at a time, and inside a group columns change slowest.
+    """
+    each = blocks_n * blocks_m
+    t = turn % each
+    first = t // (GROUP * blocks_m) * GROUP
+    height = gl.minimum(GROUP, blocks_n - first)
+    local = t % (GROUP * blocks_m)
+    return turn // each, first + local % height, local // height

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashns_dist.orthogonalize.kernels.gluon_launch import fits_specialized, specialized_launch
+from flashns_dist.orthogonalize.kernels import gluon_launch
 from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
@@ -337,15 +337,15 @@ class TritonKernels:
             bt = b.mT if turned else b
             tma = self._descriptors_usable(a, bt, c, out) and described(out) is False
             batch, n, k = a.shape
-            specialized = tma and fits_specialized(a, bt, c, out, capability=_capability(a))
+            specialized = tma and gluon_launch.fits_symmetric(
+                a, bt, c, out, capability=_capability(a)
+            )
             configs = symmetric_configs(a.dtype, tma, specialized)
             accuracy = precision(a.dtype, has_tensor_cores(a))
 
             def launch(config: TileConfig) -> Launch:
-                if config.specialized:
-                    if not specialized:
-                        raise ValueError(f"{config.label()} does not take this product.")
-                    return specialized_launch(
+                if _takes(config, specialized):
+                    return gluon_launch.symmetric_launch(
                         a, bt, c, out, packed, config=config, num_sms=_num_sms(a)
                     )
                 return symmetric_launch(
@@ -377,7 +377,7 @@ class TritonKernels:
             a = scale_columns(a, column_scale)
         third = out if c is None else c
         *scaling, shift = scalars
-        shifted = shift != 0.0
+        shifted = bool(shift != 0.0)
         fourth = a if shifted else out
         packed = (*arguments(*scaling), argument(shift))
         facts, values = key_and_values((a, x, third, fourth, out), packed)
@@ -386,10 +386,17 @@ class TritonKernels:
             tma = self._descriptors_usable(a, x, c, out) and described(out) is False
             batch, n, k = a.shape
             m = x.shape[2]
-            configs = product_configs(a.dtype, tma, n, m, k)
+            specialized = tma and gluon_launch.fits_product(
+                a, x, c, out, transpose=transpose, shifted=shifted, capability=_capability(a)
+            )
+            configs = product_configs(a.dtype, tma, n, m, k, specialized)
             accuracy = precision(a.dtype, has_tensor_cores(a))
 
             def launch(config: TileConfig) -> Launch:
+                if _takes(config, specialized):
+                    return gluon_launch.product_launch(
+                        a, x, c, out, packed, transpose, config=config, num_sms=_num_sms(a)
+                    )
                 return product_launch(
                     a, x, c, out, packed, transpose,
                     config=config, tma=tma, input_precision=accuracy,
@@ -398,7 +405,8 @@ class TritonKernels:
             def default() -> TileConfig:
                 return default_product(configs, batch, n, m, _num_sms(a))
 
-            kind = f"product{'_t' if transpose else ''}{'_s' if shifted else ''}"
+            gluon = "_gluon" if specialized else ""
+            kind = f"product{'_t' if transpose else ''}{'_s' if shifted else ''}{gluon}"
             return self._choose(kind, configs, default, launch, a, (n, k, m), tma)
 
         device = a.get_device()
@@ -451,6 +459,13 @@ class TritonKernels:
         best, seconds = fastest(candidates)
         self._cache.store(problem, configs[best].label(), seconds)
         return launch(configs[best])
+
+
+def _takes(config: TileConfig, specialized: bool) -> bool:
+    """Whether a Gluon kernel is to run; ValueError if it does not take the operands."""
+    if config.specialized and not specialized:
+        raise ValueError(f"{config.label()} does not take this product.")
+    return config.specialized
 
 
 def _bind(launch: Callable[[TileConfig], Launch], config: TileConfig) -> Callable[[], object]:

@@ -49,7 +49,7 @@ SYMMETRIC_TMA = (
     TileConfig(128, 256, 64, 8, 3),
     TileConfig(64, 64, 64, 4, 4),
 )
-# On Hopper, where the Gluon kernel fits (``gluon_launch.fits_specialized``). With the GPU kept busy
+# On Hopper, where the Gluon kernels fit (``gluon_launch``). With the GPU kept busy
 # its forerunner was 1.0 to 1.2 times as fast as the default of the others from 768 rows on, most
 # where there are few tiles per SM, and it is faster still (docs/benchmarks/README.md).
 SPECIALIZED = TileConfig(128, 256, 64, 4, 4, specialized=True)
@@ -60,6 +60,7 @@ PRODUCT_TMA = (
     TileConfig(128, 256, 64, 8, 4),
     TileConfig(64, 128, 64, 4, 4),
 )
+PRODUCT_HOPPER = (SPECIALIZED, *PRODUCT_TMA)
 # What only moves memory, as the products of deflation with the matrix (k is 64 there): at most 64
 # rows, at most 64 columns, and sums of at most 64. Tiles as small as that, and for the last no
 # pipeline, so that many programs fit on an SM. Measured on eight shapes: the first is within 6 % of
@@ -93,7 +94,7 @@ def symmetric_configs(
 
 
 def product_configs(
-    dtype: torch.dtype, tma: bool, n: int, m: int, k: int
+    dtype: torch.dtype, tma: bool, n: int, m: int, k: int, specialized: bool = False
 ) -> tuple[TileConfig, ...]:
     """The candidates of a general ``n x m`` product that sums over ``k``."""
     if dtype == torch.float32:
@@ -104,7 +105,9 @@ def product_configs(
         return PRODUCT_SHALLOW
     if n <= 64:
         return PRODUCT_FLAT
-    return PRODUCT_NARROW if m <= 64 else PRODUCT_TMA
+    if m <= 64:
+        return PRODUCT_NARROW
+    return PRODUCT_HOPPER if specialized else PRODUCT_TMA
 
 
 def default_symmetric(
@@ -132,9 +135,10 @@ def default_product(
 ) -> TileConfig:
     """The configuration of an unmeasured general product.
 
-    The last, a small tile, if the first would leave SMs idle. With descriptors the second, twice as
-    wide, from n = 2048 on: 16 % faster than the first at (16, 2048, 2048) on the H200, and slower
-    by 1 % at n = 1024. The first of those that only move memory.
+    The specialized one where it is offered and every SM gets a tile. Of the others the last, a
+    small tile, if the first would leave SMs idle. With descriptors the second, twice as wide, from
+    n = 2048 on: 16 % faster than the first at (16, 2048, 2048) on the H200, and slower by 1 % at
+    n = 1024. The first of those that only move memory.
     """
     if configs in (PRODUCT_FLAT, PRODUCT_NARROW, PRODUCT_SHALLOW):
         return configs[0]
@@ -142,8 +146,12 @@ def default_product(
     def programs(config: TileConfig) -> int:
         return batch * -(-n // config.rows) * -(-m // config.cols)
 
+    if configs[0].specialized:
+        if programs(configs[0]) >= num_sms:
+            return configs[0]
+        configs = configs[1:]
     if programs(configs[0]) < num_sms:
         return configs[-1]
-    wide = configs is PRODUCT_TMA and n >= 2048 and m >= configs[1].cols
+    wide = configs == PRODUCT_TMA and n >= 2048 and m >= configs[1].cols
     wide = wide and programs(configs[1]) >= num_sms
     return configs[1] if wide else configs[0]
