@@ -250,12 +250,12 @@ def test_descriptors_of_a_product_say_where_the_blocks_are(monkeypatch):
     assert (flags, launch.fixed) == ([False, True, False, True], (256, 512, 256, 2))
 
 
-def test_the_product_is_the_default_where_every_sm_gets_a_tile():
+def test_the_product_is_the_default_where_the_last_round_is_nearly_full():
     def chosen(batch, n, m):
         return default_product(PRODUCT_HOPPER, batch, n, m, 132)
 
     assert {chosen(4, 2048, 2048), chosen(24, 1024, 4096), chosen(1, 4096, 4096)} == {SPECIALIZED}
-    for shape in ((1, 2048, 2048), (2, 768, 768)):
+    for shape in ((1, 2048, 2048), (2, 768, 768), (2, 1536, 7168), (2, 1536, 1536)):
         assert chosen(*shape) == default_product(PRODUCT_TMA, *shape, 132)
 
 
