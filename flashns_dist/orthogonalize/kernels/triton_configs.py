@@ -138,10 +138,11 @@ def default_product(
     """The configuration of an unmeasured general product.
 
     The specialized one where it is offered and its last round of tiles does not leave too many SMs
-    idle: on the H200 it was 4 to 12 % faster than the others at twelve shapes, and slower by 3 % at
+    idle: on the H200 it was 2 to 11 % faster than the others at twelve shapes, and slower by 3 % at
     (2, 1536, 7168), with 5.1 rounds. Of the others the last, a small tile, if the first would leave
-    SMs idle. With descriptors the second, twice as wide, from n = 2048 on: 16 % faster than the first at (16, 2048, 2048) on the H200, and slower by 1 % at
-    n = 1024. The first of those that only move memory.
+    SMs idle. With descriptors the second, twice as wide, from n = 2048 on: 16 % faster than the
+    first at (16, 2048, 2048), and slower by 1 % at n = 1024. The first of those that only move
+    memory.
     """
     if configs in (PRODUCT_FLAT, PRODUCT_NARROW, PRODUCT_SHALLOW):
         return configs[0]
