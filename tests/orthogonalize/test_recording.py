@@ -485,3 +485,23 @@ def _is_familiar():
     from flashns_dist.orthogonalize.kernels.triton_prepared import unfamiliar
 
     return unfamiliar() is None
+
+
+def test_a_new_scalar_in_memory_that_was_a_buffer_is_a_constant():
+    scalar = torch.tensor(0.5)
+
+    def lifted(x):
+        first = torch.empty_like(x)
+        launch(x, x, 1.0, first)
+        # As if the scalar had been made where another buffer was.
+        active_recorder()._ranges.append((scalar.data_ptr(), scalar.data_ptr() + 96))
+        last = torch.empty_like(x)
+        torch.mul(first, torch.ops.aten.lift_fresh(scalar), out=last)
+        return last
+
+    x = numbers()
+    with recording.Recorder(x) as recorder:
+        result = lifted(x)
+    found = recorder.finish(result)
+    assert found is not None
+    assert torch.equal(found(x, spoil=True), x)

@@ -44,6 +44,8 @@ _UNSETTLED = {
     torch.Tag.dynamic_output_shape,
 }
 
+_LIFT = torch.ops.aten.lift_fresh.default
+
 _threads = threading.local()
 
 
@@ -215,7 +217,9 @@ class Recorder(TorchDispatchMode):
         if not given and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out  # of dtypes, say
         for t in given:
-            if self._find(t.data_ptr()) is None and not _shares(t, self._constants):
+            # What is lifted was made unseen, perhaps in memory that was a buffer before.
+            is_known = func is not _LIFT and self._find(t.data_ptr()) is not None
+            if not is_known and not _shares(t, self._constants):
                 self._constants.append(t)
         if func._schema.name in _ALLOCATIONS:
             self._ranges.append(_range(out))
@@ -250,12 +254,18 @@ class Recorder(TorchDispatchMode):
     def _find(self, address: int) -> tuple[int, int] | None:
         """The buffer that holds an address, and the offset in it.
 
-        The newest that does: memory is handed out again when it is free.
+        The input first, and none if a constant does, which both stay. Of the others the newest:
+        memory is handed out again when it is free.
         """
-        for buffer in range(len(self._ranges) - 1, -1, -1):
+        begin, end = self._ranges[_INPUT]
+        if begin <= address < end:
+            return _INPUT, address - begin
+        if any(begin <= address < end for begin, end in map(_range, self._constants)):
+            return None
+        for buffer in range(len(self._ranges) - 1, _INPUT, -1):
             begin, end = self._ranges[buffer]
             if begin <= address < end:
-                return buffer, address - (self._input.data_ptr() if buffer == _INPUT else begin)
+                return buffer, address - begin
         return None
 
     def _place(self, t: Tensor) -> _Place | Tensor:
