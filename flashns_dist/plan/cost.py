@@ -22,7 +22,7 @@ class CostModel:
     Attributes:
         cube_flops, wide_flops: FLOPs of one orthogonalization are
             ``cube_flops n^3 + wide_flops n^2 m`` for the short side n and the long side m; the
-            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 12 %, but for
+            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 9 %, but for
             512 x 32768, which moves memory for longer than that.
         flops_per_second: Rate reached on large matrices.
         half_rate_size: Short side at which half of that rate is reached.
@@ -45,12 +45,12 @@ class CostModel:
         ValueError: A rate or what was measured is not positive, or another number negative.
     """
 
-    cube_flops: float = 10.0
-    wide_flops: float = 5.5
+    cube_flops: float = 9.5
+    wide_flops: float = 5.0
     flops_per_second: float = 790e12
     half_rate_size: float = 512.0
     matrix_seconds: float = 2e-6
-    stack_seconds: float = 80e-6
+    stack_seconds: float = 100e-6
     link_bytes_per_second: float = 250e9
     exchange_seconds: float = 40e-6
     memory_bytes_per_second: float = 3.6e12
