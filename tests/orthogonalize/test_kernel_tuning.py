@@ -84,18 +84,31 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_candidates_that_fail_are_left_out(monkeypatch):
-    def measure(call):
-        return call()
-
     def broken():
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "warm_up", lambda call: call())
+    monkeypatch.setattr(tuning, "measure", lambda call: call())
     best, seconds = fastest([("slow", lambda: 2.0), ("broken", broken), ("fast", lambda: 1.0)])
     assert best == 2
     assert seconds == {"slow": 2.0, "fast": 1.0}
     with pytest.raises(RuntimeError, match="out of shared memory"):
         fastest([("broken", broken)])
+
+
+def test_a_clock_that_changes_while_candidates_are_measured_does_not_choose(monkeypatch):
+    compiled, clock = [], [1.0]
+
+    def measure(call):
+        assert len(compiled) == 3  # nothing is compiled between measurements
+        clock[0] *= 0.97
+        return call() * clock[0]
+
+    monkeypatch.setattr(tuning, "warm_up", lambda call: compiled.append(call()))
+    monkeypatch.setattr(tuning, "measure", measure)
+    times = (1.0, 1.1, 1.2)
+    best, _ = fastest([(str(time), lambda time=time: time) for time in times])
+    assert best == 0
 
 
 class Named(TorchKernels):

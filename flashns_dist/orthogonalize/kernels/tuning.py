@@ -15,7 +15,7 @@ import torch
 CACHE_VARIABLE = "FLASHNS_DIST_CACHE"
 TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
 # Raised when kernels change so much that what was measured before should be measured again.
-KERNELS_VERSION = 3
+KERNELS_VERSION = 4
 _QUEUED_CALLS = 4
 _QUEUEING_CYCLES = 3_000_000  # 1.5 to 2 ms
 
@@ -103,55 +103,61 @@ class TuningCache:
         return choice if isinstance(choice, (int, str)) else None
 
 
-def measure(call: Callable[[], object], *, repeats: int = 5, budget_seconds: float = 0.05) -> float:
-    """Median seconds of ``call`` on the current CUDA device, compiled and warmed up first.
+def warm_up(call: Callable[[], object]) -> None:
+    """Compiles ``call``, and whatever it measures itself."""
+    call()
+    torch.cuda.synchronize()
 
-    Calls are queued while the device waits, so that what the host takes to launch them, more than
+
+def measure(call: Callable[[], object]) -> float:
+    """Seconds of ``call`` on the current CUDA device, from a few calls in a row.
+
+    They are queued while the device waits, so that what the host takes to launch them, more than
     many kernels take, does not count: later launches are repeated from what the first prepared.
 
     Args:
-        call: Launches the work on the current stream.
-        repeats: Upper bound on how often four calls are timed.
-        budget_seconds: Stops repeating (after three) once this much device time is spent.
+        call: Launches the work on the current stream; warm.
     """
-    call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(_QUEUEING_CYCLES)
-        start.record()
-        for _ in range(_QUEUED_CALLS):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / _QUEUED_CALLS)
-        if len(times) >= 3 and sum(times) * _QUEUED_CALLS > budget_seconds:
-            break
-    return statistics.median(times)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_QUEUEING_CYCLES)
+    start.record()
+    for _ in range(_QUEUED_CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / _QUEUED_CALLS
 
 
 def fastest(
-    candidates: Sequence[tuple[str, Callable[[], object]]],
+    candidates: Sequence[tuple[str, Callable[[], object]]], *, rounds: int = 5
 ) -> tuple[int, dict[str, float]]:
-    """Index of the fastest candidate, and the seconds of each; one that fails is left out.
+    """Index of the fastest candidate, and the median seconds of each; one that fails is left out.
+
+    Candidates are compiled first and then take turns, so that they are measured alike: the device's
+    clock depends on what ran before, and falls while one of them is compiled.
+
+    Args:
+        candidates: Name and call of each.
+        rounds: How often each is measured, after a round that does not count.
 
     Raises:
         RuntimeError: If every candidate fails.
     """
-    seconds: dict[str, float] = {}
-    best, best_time = -1, float("inf")
+    times: dict[int, list[float]] = {}
     errors: list[str] = []
     for index, (name, call) in enumerate(candidates):
         try:
-            time = measure(call)
+            warm_up(call)
         except Exception as error:  # a configuration that this device cannot run
             errors.append(f"{name}: {error}")
-            continue
-        seconds[name] = time
-        if time < best_time:
-            best, best_time = index, time
-    if best < 0:
+        else:
+            times[index] = []
+    if not times:
         raise RuntimeError("no candidate runs on this device: " + "; ".join(errors))
-    return best, seconds
+    for _ in range(1 + rounds):
+        for index, found in times.items():
+            found.append(measure(candidates[index][1]))
+    medians = {index: statistics.median(found[1:]) for index, found in times.items()}
+    best = min(medians, key=lambda index: medians[index])
+    return best, {candidates[index][0]: seconds for index, seconds in medians.items()}
