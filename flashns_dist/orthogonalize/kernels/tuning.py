@@ -126,7 +126,8 @@ def measure(call: Callable[[], object]) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / _QUEUED_CALLS
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / _QUEUED_CALLS
 
 
 def fastest(
