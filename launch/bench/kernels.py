@@ -24,12 +24,13 @@ from torch import Tensor
 from flashns_dist.orthogonalize.coefficients import POLAR_EXPRESS
 from flashns_dist.orthogonalize.deflation import NUM_DIRECTIONS, shrink_factors
 from flashns_dist.orthogonalize.gram import gram, run_steps
-from flashns_dist.orthogonalize.kernels.gluon_launch import fits_symmetric
+from flashns_dist.orthogonalize.kernels.gluon_launch import fits_product, fits_symmetric
 from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels
 from flashns_dist.orthogonalize.kernels.triton_configs import (
     PRODUCT_FLAT,
+    PRODUCT_HOPPER,
     PRODUCT_NARROW,
     PRODUCT_POINTER,
     PRODUCT_SHALLOW,
@@ -256,9 +257,12 @@ def check(bench: Bench) -> None:
 
 def _symmetric_candidates(a: Tensor, b: Tensor, out: Tensor) -> list[TileConfig]:
     """Every configuration that takes ``a b^T``, and some more."""
-    capability = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 0
-    fits = fits_symmetric(a, b, None, out, capability=capability)
+    fits = fits_symmetric(a, b, None, out, capability=_capability())
     return [*(SYMMETRIC_HOPPER if fits else SYMMETRIC_TMA), *MORE_SYMMETRIC]
+
+
+def _capability() -> int:
+    return torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 0
 
 
 def _name(config: TileConfig) -> str:
@@ -310,7 +314,7 @@ def gram_part(bench: Bench) -> None:
 
 
 def product(bench: Bench) -> None:
-    """``a x``, plain and transposed."""
+    """``a x``, plain, transposed and with an addend."""
     quack = quack_functions()
     for batch, n, m in bench.smaller(*((b, n, n) for b, n in SQUARES[:5]), *WIDE):
         if bench.out_of_time():
@@ -324,12 +328,14 @@ def product(bench: Bench) -> None:
         }
         if quack is not None:
             calls["quack"] = lambda a=a, x=x: quack.gemm(a, x, tuned=False)
-        for config in (*PRODUCT_TMA, *MORE_PRODUCT):
+        fits = fits_product(a, x, x, out, transpose=False, shifted=False, capability=_capability())
+        configs = PRODUCT_HOPPER if fits else PRODUCT_TMA
+        for config in (*configs, *MORE_PRODUCT):
             kernels = TritonKernels(config=config)
             calls[_name(config)] = lambda kernels=kernels, a=a, x=x, out=out: kernels.product(
                 a, x, out=out
             )
-        for config in PRODUCT_TMA[:2]:
+        for config in configs[:3]:
             kernels = TritonKernels(config=config)
             calls[config.label() + " transposed"] = lambda kernels=kernels, a=a, x=x, out=turned: (
                 kernels.product(a, x, transpose=True, out=out)
