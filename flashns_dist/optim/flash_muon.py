@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,12 @@ from flashns_dist.optim.binding import (
 )
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
+from flashns_dist.optim.members import (
+    complete_state,
+    make_state,
+    named_members,
+    renew_state,
+)
 from flashns_dist.optim.options import ExchangeOptions, check_exchange
 from flashns_dist.optim.overlap import EarlyGathers, check_overlap
 from flashns_dist.optim.rules import AUXILIARY_RULES
@@ -38,7 +44,6 @@ from flashns_dist.optim.settings import (
     check_used,
     init_state,
     rule_settings,
-    state_names,
     state_problem,
 )
 from flashns_dist.optim.setup import Setup
@@ -46,8 +51,6 @@ from flashns_dist.optim.speculation import Speculation
 from flashns_dist.optim.state import (
     check_loadable,
     completed_state_dict,
-    has_stepped,
-    is_elsewhere,
     plain_state_dict,
     restore_dtypes,
 )
@@ -207,42 +210,11 @@ class FlashMuon(Optimizer):
         except Exception:  # a view of the user's may raise anything
             del self.param_groups[before:]
             raise
-        self._make_state(self._named(before), added)
+        make_state(self.state, self._named(before), added)
         self._change()
 
-    def _make_state(self, named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any]) -> None:
-        for name, param in named:
-            blocks = parameter_blocks(name, full_shape(param), group)
-            self.state[param].update(init_state(param, group, blocks))
-
-    def _renew_state(self) -> None:
-        """State of parameters that came, or moved, after the optimizer was made."""
-        for index, group in enumerate(self.param_groups):
-            for name, param in self._named(index):
-                if param.is_meta:
-                    raise ValueError(
-                        f"{name} is on the meta device; make the optimizer after to_empty(), which "
-                        "makes new parameters"
-                    )
-            new = [(n, p) for n, p in self._named(index) if is_elsewhere(self.state.get(p), p)]
-            for _, param in new:
-                self.state.pop(param, None)
-            self._make_state(new, group)
-        present = {param for group in self.param_groups for param in group["params"]}
-        for param in [p for p, s in self.state.items() if p not in present and not has_stepped(s)]:
-            del self.state[param]
-
     def _named(self, group_index: int) -> list[tuple[str, Tensor]]:
-        group = self.param_groups[group_index]
-        names = group.get("param_names") or [
-            f"parameter {i} of group {group_index}" for i in range(len(group["params"]))
-        ]
-        if len(names) != len(group["params"]):
-            raise ValueError(
-                f"group {group_index} has {len(group['params'])} parameters and {len(names)} "
-                "param_names; change both lists, or neither"
-            )
-        return list(zip(names, group["params"], strict=True))
+        return named_members(self.param_groups, group_index)
 
     def bind(self, adapter: Callable[[], list[BoundParameter]]) -> None:
         """Let an adapter say where the parameters lie, instead of their DTensor placements.
@@ -276,7 +248,7 @@ class FlashMuon(Optimizer):
         if self._adapter is not None:
             self._bound = self._adapter()
         else:
-            self._renew_state()
+            renew_state(self.state, self.param_groups)
             replica_group = self._replica_group()
             self._bound = [
                 bind_parameter(
@@ -552,17 +524,8 @@ class FlashMuon(Optimizer):
                 check_loadable(name, param, entry, group, blocks)
         super().load_state_dict(completed)
         restore_dtypes(self, completed)
-        self._complete_state()
+        complete_state(self.state, self.param_groups)
         self._change()
-
-    def _complete_state(self) -> None:
-        """Initial values of states that the checkpoint lacks: torch.optim.Muon has a momentum."""
-        for index, group in enumerate(self.param_groups):
-            for name, param in self._named(index):
-                blocks = parameter_blocks(name, param.shape, group)
-                state = self.state[param]
-                if not set(state) >= state_names(group, blocks):
-                    state.update({**init_state(param, group, blocks), **state})
 
 
 def _world() -> dist.ProcessGroup | None:

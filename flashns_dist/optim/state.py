@@ -163,18 +163,3 @@ def restore_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 optimizer.state[param][name] = value.to(device=where, dtype=torch.float32).clone()
             elif loaded.dtype != dtype or value.dtype != param.dtype:
                 optimizer.state[param][name] = value.to(device=param.device, dtype=dtype)
-
-
-def is_elsewhere(state: Mapping[str, Any] | None, param: Tensor) -> bool:
-    """Whether a parameter has no state, or an unused one of another device or sharding."""
-    if not state:
-        return True
-    kept = [v for k, v in state.items() if k != "step" and isinstance(v, Tensor)]
-    moved = any(value.device != param.device for value in kept)
-    return moved and not has_stepped(state)
-
-
-def has_stepped(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter with this state has been updated."""
-    step = state.get("step", 0)
-    return not (isinstance(step, Tensor) and step.is_meta) and float(step) > 0
