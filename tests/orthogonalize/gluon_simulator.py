@@ -3,8 +3,9 @@
 What the hardware does asynchronously (loads, stores and products) happens as early as it may or as
 late as it may, so that memory that is read before it is filled, or filled before it is read, shows
 in the result. A stage that is given back although no fence followed what was read of it into
-registers is an error, since the device may still be reading it then. Layouts, the other fences and
-the compiler are not simulated.
+registers is an error, since the device may still be reading it then; so is a store of what was
+written to shared memory with no fence after it. Layouts, the fence of the barriers and the compiler
+are not simulated.
 """
 
 import builtins
@@ -22,7 +23,7 @@ BLOCK, HALF = 32, 16
 """Rows of a tile, a quarter of the device's; and of a square, columns of a step."""
 
 THREAD = threading.local()
-"""Of a partition: its stores under way, and whether it reads what no fence has waited for."""
+"""Of a partition: stores under way; whether it read, or wrote, with no fence after it."""
 
 
 class Tile(torch.Tensor):
@@ -82,6 +83,10 @@ class Shared:
         return self.value()
 
     def store(self, value):
+        THREAD.writing = True
+        self.fill(value)
+
+    def fill(self, value):
         assert self.window is None
         rows, cols = self.shape
         value = value.mT if self.turned else value
@@ -256,9 +261,10 @@ def _simulate(module, kernel_name, arguments, programs, late):
         value = source.block(at)
         assert list(destination.shape) == source.block_type.shape
         size = value.numel() * value.element_size()
-        barrier.load(lambda: destination.store(value), size, late_loads)
+        barrier.load(lambda: destination.fill(value), size, late_loads)
 
     def store(target, at, source):
+        assert not getattr(THREAD, "writing", False), "stored before a fence"
         place = target.block(at)
         THREAD.stores = getattr(THREAD, "stores", [])
         THREAD.stores.append(lambda: place.copy_(source.value()))
@@ -271,7 +277,7 @@ def _simulate(module, kernel_name, arguments, programs, late):
             stores.pop(0)()
 
     def fence():
-        THREAD.reading = False
+        THREAD.reading = THREAD.writing = False
 
     def arrive(barrier, count, pred=True):
         assert not getattr(THREAD, "reading", False), "given back while it may still be read"
