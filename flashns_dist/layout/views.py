@@ -6,7 +6,7 @@ they compare equal, print themselves, and travel by pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -40,7 +40,12 @@ class Sections:
     merged: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))
+        sizes = tuple(self.sizes) if isinstance(self.sizes, Iterable) else (None,)
+        if not all(map(_is_whole, sizes)):
+            raise ValueError(f"sizes={self.sizes!r} must be a tuple of whole numbers")
+        object.__setattr__(self, "sizes", sizes)
+        _check_whole(repeats=self.repeats)
+        _check_flag(merged=self.merged)
         if not self.sizes or min(self.sizes) < 1 or self.repeats < 1 or self.dim not in (0, 1):
             raise ValueError(
                 f"{self}: needs positive sizes and repeats, and dim 0 (rows) or 1 (columns)"
@@ -93,6 +98,7 @@ class Equal:
 
     def __call__(self, shape: Shape) -> tuple[Block, ...]:
         """The blocks in storage order."""
+        _check_whole(count=self.count)
         length = _length(shape, self.dim)
         if self.count < 1 or length % self.count:
             raise ValueError(
@@ -125,9 +131,13 @@ class QKV:
         """The blocks: queries, keys, values; per head in storage order."""
         heads = self.num_heads
         kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
+        _check_whole(num_heads=heads, num_kv_heads=kv_heads)
+        _check_flag(per_head=self.per_head)
         length = _length(shape, self.dim)
         if self.order not in ("stacked", "grouped"):
             raise ValueError(f'order={self.order!r} is unknown; use "stacked" or "grouped"')
+        if heads < 1:
+            raise ValueError(f"num_heads={heads} must be at least 1")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(
                 f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}, as grouped "
@@ -159,6 +169,7 @@ class Flattened:
 
     def __call__(self, shape: Shape) -> tuple[Block, ...]:
         """One block per group."""
+        _check_whole(groups=self.groups)
         out, *rest = _at_least_2d(shape)
         if self.groups < 1 or out % self.groups:
             raise ValueError(
@@ -188,6 +199,7 @@ class PackedExperts:
         """One block per expert."""
         numel, first = prod(_at_least_2d(shape)), shape[0]
         rows = self.rows
+        _check_whole(num_experts=self.num_experts, rows=0 if rows is None else rows)
         if rows is None and self.num_experts > 0 and first % self.num_experts == 0:
             rows = first // self.num_experts
         if not rows or rows < 1 or self.num_experts < 1 or numel % (self.num_experts * rows):
@@ -253,7 +265,7 @@ def view_blocks(name: str, shape: Sequence[int], view: MatrixView | None) -> tup
     except ValueError as error:
         raise ValueError(
             f"{name}: matrix_view {view} does not fit its shape {shape}: {error}"
-        ) from None
+        ) from error.__cause__  # where a function of the user's failed
 
 
 # Weak keys: a view of the user's may be a method of a model, or close over one.
@@ -272,14 +284,58 @@ def _checked_blocks(shape: Shape, view: MatrixView) -> tuple[Block, ...]:
 
 
 def _blocks(shape: Shape, view: MatrixView) -> tuple[Block, ...]:
-    blocks = tuple(view(shape))
+    blocks = _returned(shape, view)
     parts = tuple(part for block in blocks for part in block.parts)
     if any(len(part.size) != len(shape) for part in parts) or not boxes_tile(shape, parts):
         raise ValueError("its blocks do not hold every element exactly once; cover all of it")
     return blocks
 
 
+def _returned(shape: Shape, view: object) -> tuple[Block, ...]:
+    """What a view of the user's, which may be anything, says of a shape."""
+    if isinstance(view, type):
+        raise ValueError("it is a class; make a view of it, with its arguments")
+    if not callable(view):
+        raise ValueError(
+            "it is no view; give one of flashns_dist.layout, a function from the shape to Blocks, "
+            "or None for a single matrix"
+        )
+    try:
+        blocks = tuple(view(shape))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"it failed with {type(error).__name__}: {error}; a view takes the shape and returns "
+            "Blocks"
+        ) from error
+    for block in blocks:
+        if not isinstance(block, Block):
+            raise ValueError(f"it returned {block!r} among its blocks; return Blocks alone")
+        for part in block.parts:
+            for number in (block.rows, block.cols, *part.start, *part.size):
+                if not _is_whole(number):
+                    raise ValueError(f"{block} has {number!r}, which must be a whole number")
+    return blocks
+
+
 _NOUNS = ("rows", "columns")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_whole(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not _is_whole(value):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+
+
+def _check_flag(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, bool | int) or value not in (0, 1):
+            raise ValueError(f"{name}={value!r} must be True or False")
 
 
 def _at_least_2d(shape: Shape) -> Shape:

@@ -131,12 +131,12 @@ def parameter_groups(
     """
     if aux_update_rule not in AUXILIARY_RULES:
         raise ValueError(f"aux_update_rule={aux_update_rule!r}: use one of {list(AUXILIARY_RULES)}")
-    overrides = dict(overrides or {})
+    overrides = _by_pattern("overrides", overrides)
     for pattern, rule in overrides.items():
         if rule not in (*RULES, "frozen"):
             known = ", ".join(f'"{name}"' for name in RULES)
             raise ValueError(f'overrides[{pattern!r}]={rule!r}: use {known} or "frozen"')
-    views = dict(matrix_views or {})
+    views = _by_pattern("matrix_views", matrix_views)
     _refuse_flat_parameters(model)
     decisions = _decide(model, overrides, views)
     for kind, patterns in (("overrides", overrides), ("matrix_views", views)):
@@ -162,6 +162,24 @@ def parameter_groups(
     if print_table:
         print(result.table())
     return result
+
+
+def _by_pattern(argument: str, given: Any) -> dict[str, Any]:
+    """A mapping from name patterns, as a dict of its own.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        found = dict(given or {})
+    except (TypeError, ValueError):
+        found = {None: given}
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(
+            f"{argument}={given!r} must map name patterns to values, as "
+            '{"*.attention.*.weight": ...}'
+        )
+    return found
 
 
 def _refuse_flat_parameters(model: nn.Module) -> None:

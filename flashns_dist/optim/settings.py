@@ -127,8 +127,8 @@ def _check_betas(betas: Any) -> None:
 
 
 def _check_view(view: Any) -> None:
-    views = view.values() if isinstance(view, Mapping) else [view]
-    if not all(v is None or callable(v) for v in views):
+    by_pattern = view if isinstance(view, Mapping) else {"*": view}
+    if not all(isinstance(p, str) and (v is None or callable(v)) for p, v in by_pattern.items()):
         raise ValueError(
             f"matrix_view={view!r} must be a view of flashns_dist.layout, a function from shapes "
             "to blocks, None, or a mapping from name patterns to these"

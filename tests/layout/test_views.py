@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,25 @@ NO_FIT: list[tuple[MatrixView, tuple[int, ...], str]] = [
     (Split(lambda w: list(w.chunk(2)), lambda parts: parts[0]), (4, 4), "recombine(split"),
     (lambda shape: (), (4, 4), "cover all of it"),
     (lambda shape: (Block((Box((0,), (16,)),), 4, 4),), (4, 4), "cover all of it"),
+    ("qkv", (4, 4), "it is no view; give one of flashns_dist.layout"),
+    ([Equal(2)], (4, 4), "it is no view"),
+    ((2.0, 2.0), (4, 4), "it is no view"),
+    (QKV, (4, 4), "it is a class; make a view of it"),
+    (Equal(2.0), (4, 4), "count=2.0 must be a whole number"),
+    (Equal("2"), (4, 4), "count='2' must be a whole number"),
+    (QKV(2.0), (6, 4), "num_heads=2.0 must be a whole number"),
+    (QKV(2, [1]), (8, 4), "num_kv_heads=[1] must be a whole number"),
+    (QKV(-2, 1), (8, 4), "num_heads=-2 must be at least 1"),
+    (QKV(2, per_head="no"), (6, 4), "per_head='no' must be True or False"),
+    (Flattened(None), (4, 4), "groups=None must be a whole number"),
+    (PackedExperts("2"), (4, 4), "num_experts='2' must be a whole number"),
+    (PackedExperts(2, 2.0), (4, 4), "rows=2.0 must be a whole number"),
+    (lambda shape: None, (4, 4), "failed with TypeError: 'NoneType' object is not iterable"),
+    (lambda: (), (4, 4), "a view takes the shape and returns Blocks"),
+    (lambda shape: shape.rows, (4, 4), "failed with AttributeError"),
+    (lambda shape: [(2, 4), (2, 4)], (4, 4), "it returned (2, 4) among its blocks"),
+    (lambda shape: [Block((Box((0, 0), (4, 4)),), 4.0, 4)], (4, 4), "4.0, which must be a whole"),
+    (lambda shape: [Block((Box((0, 0), (4, True)),), 4, 1)], (4, 1), "True, which must be a whole"),
 ]
 
 
@@ -195,6 +215,24 @@ def test_a_view_that_does_not_fit_is_refused(
 def test_sections_that_fit_nothing_are_refused_at_once(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="positive sizes and repeats, and dim 0"):
         make()
+
+
+@pytest.mark.parametrize("sizes", [(4.0, 8.0), "ab", 12, None, (True, 11), [[4], [8]]])
+def test_sections_of_no_whole_numbers_are_refused_at_once(sizes: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"sizes={sizes!r} must be a tuple of whole")):
+        Sections(sizes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("repeats", 2.0), ("repeats", "2"), ("merged", "no")])
+def test_settings_of_sections_of_another_type_are_refused_at_once(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be "):
+        Sections((4, 8), **{name: value})
+
+
+def test_the_failure_of_a_function_is_the_cause() -> None:
+    with pytest.raises(ValueError, match=r"w: .*ZeroDivisionError: integer") as caught:
+        view_blocks("w", (4, 4), lambda shape: 1 // 0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_views_are_values() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -263,9 +264,14 @@ def test_overrides_decide_first() -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"layers.*": "sgd"}, "'sgd'"), ({"nothing.*": "muon"}, "match no trainable")],
+    [
+        ({"layers.*": "sgd"}, "'sgd'"),
+        ({"nothing.*": "muon"}, "match no trainable"),
+        ("layers.*", r"overrides='layers.\*' must map name patterns"),
+        ({3: "muon"}, r"overrides=\{3: 'muon'\} must map name patterns"),
+    ],
 )
-def test_a_wrong_override_is_named(overrides: dict[str, str], message: str) -> None:
+def test_a_wrong_override_is_named(overrides: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parameter_groups(Model(), overrides=overrides)
 
@@ -362,6 +368,11 @@ def test_views_reach_the_optimizer() -> None:
     [
         ({"qkv*": Sections((16, 8))}, r"qkv_proj.weight: matrix_view Sections.* \(32, 16\): "),
         ({"nothing.*": Equal(2)}, r"matrix_views \['nothing.\*'\] match no trainable"),
+        ({"qkv*": "qkv"}, "qkv_proj.weight: matrix_view qkv .*: it is no view"),
+        ({"qkv*": Equal}, "qkv_proj.weight: .*: it is a class; make a view of it"),
+        ({3: Equal(2)}, r"matrix_views=\{3: Equal.* must map name patterns"),
+        ("qkv*", r"matrix_views='qkv\*' must map name patterns"),
+        (Equal(2), r"matrix_views=Equal.* must map name patterns"),
     ],
 )
 def test_a_wrong_view_is_named(views: dict[str, object], message: str) -> None:
@@ -383,6 +394,14 @@ def test_a_wrong_view_is_named(views: dict[str, object], message: str) -> None:
         (
             {"params": [nn.Parameter(torch.zeros(6, 4))], "matrix_view": {"w": Equal(2)}},
             r"pass \(name, parameter\) pairs",
+        ),
+        (
+            {"params": [("w", nn.Parameter(torch.zeros(6, 4)))], "matrix_view": Equal("2")},
+            r"w: matrix_view Equal.* count='2' must be a whole number",
+        ),
+        (
+            {"params": [("w", nn.Parameter(torch.zeros(6, 4)))], "matrix_view": {3: Equal(2)}},
+            "mapping from name patterns",
         ),
     ],
 )
