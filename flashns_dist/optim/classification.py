@@ -129,7 +129,7 @@ def parameter_groups(
         ValueError: An override names an unknown rule, a pattern matches nothing, a view does not
             fit its parameter, or the model is sharded by ``FullyShardedDataParallel``.
     """
-    if aux_update_rule not in AUXILIARY_RULES:
+    if aux_update_rule not in tuple(AUXILIARY_RULES):
         raise ValueError(f"aux_update_rule={aux_update_rule!r}: use one of {list(AUXILIARY_RULES)}")
     overrides = _by_pattern("overrides", overrides)
     for pattern, rule in overrides.items():

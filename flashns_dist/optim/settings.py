@@ -137,7 +137,8 @@ def _check_view(view: Any) -> None:
 
 def is_matrix_rule(group: Mapping[str, Any]) -> bool:
     """Whether the group's parameters are matrices, not auxiliary."""
-    return group["update_rule"] in MATRIX_RULES
+    rule = group["update_rule"]  # anything, where it was set later
+    return isinstance(rule, str) and rule in MATRIX_RULES
 
 
 def check_parameter(name: str, param: Tensor, group: Mapping[str, Any]) -> None:

@@ -332,7 +332,7 @@ class Setup:
 
     def _kind(self, group: Mapping[str, Any]) -> str:
         """What must agree for matrices to be one batch."""
-        if group["update_rule"] not in MATRIX_RULES:
+        if not is_matrix_rule(group):
             return str(group["update_rule"])
         try:
             check_complete(group)

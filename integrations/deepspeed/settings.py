@@ -101,6 +101,12 @@ def read_params(params: Mapping[str, Any] | None) -> Settings:
             f"optimizer.params.overrides={overrides!r} must map parameter name patterns to "
             'update rules, or "frozen"'
         )
+    for pattern, rule in overrides.items():
+        if not isinstance(rule, str):
+            raise ValueError(
+                f"optimizer.params.overrides[{pattern!r}]={rule!r} must be the name of an update "
+                'rule, or "frozen"'
+            )
     views = _views(given.pop("matrix_views", None) or {})
     if given.get("ns_dtype") is not None:
         given["ns_dtype"] = _dtype("ns_dtype", given["ns_dtype"])

@@ -201,7 +201,7 @@ def _groups(settings: Settings, arguments: Mapping[str, Any]) -> dict[str, dict[
         ("update-rule", settings.update_rule, MATRIX_RULES),
         ("aux-update-rule", settings.aux_update_rule, AUXILIARY_RULES),
     ):
-        if rule not in known:
+        if rule not in tuple(known):
             raise ValueError(f"--flashmuon-{flag} {rule}: use one of {sorted(known)}")
     for pattern, rule in settings.overrides.items():
         try:

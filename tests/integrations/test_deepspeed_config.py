@@ -69,6 +69,7 @@ def read(params: dict[str, Any]) -> Any:
         ({"memory_bytes": "1GiB"}, "memory_bytes='1GiB'"),
         ({"ns_dtype": "fp8"}, "ns_dtype='fp8'"),
         ({"overrides": ["head"]}, "overrides=.* must map"),
+        ({"overrides": {"head": ["muon"]}}, r"overrides\['head'\]=\['muon'\] must be the name"),
         ({"matrix_views": ["head"]}, "matrix_views=.* must map"),
         ({"matrix_views": {"a": {"QKV": {"n": 2}}}}, r"matrix_views\.a: QKV .* argument 'n'"),
         ({"update_rule": "soap"}, "update_rule='soap'"),

@@ -121,6 +121,7 @@ def test_rules_whose_state_checkpoints_would_lose_are_refused(
     ("settings", "message"),
     [
         ({"update_rule": "adamw"}, "--flashmuon-update-rule adamw: use one of"),
+        ({"update_rule": ["muon"]}, r"--flashmuon-update-rule \['muon'\]: use one of"),
         ({"aux_update_rule": "muon"}, "--flashmuon-aux-update-rule muon: use one of"),
         ({"overrides": {"*.mlp.*": "sgd"}}, r"--flashmuon-overrides \*.mlp.\*=sgd"),
         ({"rule_settings": {"lr": 0.1}}, "--flashmuon-rule-settings lr: the update rules have"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,12 @@ def test_overrides_decide_first() -> None:
 def test_a_wrong_override_is_named(overrides: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parameter_groups(Model(), overrides=overrides)
+
+
+@pytest.mark.parametrize("rule", ["muon", None, ["adamw"]])
+def test_a_wrong_rule_of_auxiliary_parameters_is_named(rule: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"aux_update_rule={rule!r}: use one of")):
+        parameter_groups(Model(), aux_update_rule=rule)
 
 
 def test_matrices_take_the_optimizers_rule() -> None:

@@ -686,6 +686,8 @@ def disagreement_after_the_first_step(change: str) -> str:
             group["ns_coefficients"] = KELLER
         elif change == "rule":
             group["update_rule"] = "normuon"
+        elif change == "list":
+            group["update_rule"] = ["muon"]
         elif change == "function":
             group["adjust_lr_fn"] = lambda shape: 1.0
         elif change == "closure":
@@ -717,6 +719,7 @@ def disagreement_after_the_first_step(change: str) -> str:
         ("coefficients", "ranks [1] disagree", "ranks [1] disagree"),
         ("negative", "lr=-1.0", "ranks [1] disagree"),
         ("rule", "its update_rule was 'muon'", "rank 1 cannot step"),
+        ("list", "its update_rule was 'muon' and is now ['muon']", "rank 1 cannot step"),
         ("function", "adjust_lr_fn(6, 8) failed", "ranks [1] disagree"),
         ("closure", "ranks [1] disagree", "ranks [1] disagree"),
         ("group", "ranks [1] disagree", "ranks [1] disagree"),
@@ -730,6 +733,9 @@ def test_what_one_rank_changes_later_is_an_error_on_all(
     assert on_one in one
     assert on_other in others
     assert bool(one) == bool(on_one)
+
+
+UNSUITABLE_RULES: dict[str, Any] = {"list": ["muon"], "dict": {}, "none": None}
 
 
 def errors_in_one_group(kind: str) -> str:
@@ -750,12 +756,16 @@ def errors_in_one_group(kind: str) -> str:
         optimizer.param_groups[0]["lr"] = -1.0
     if rank == 1 and kind in ("muoon", "normuon", "dion", "dion2"):
         optimizer.param_groups[0]["update_rule"] = kind
+    if rank == 1 and kind in UNSUITABLE_RULES:
+        optimizer.param_groups[0]["update_rule"] = UNSUITABLE_RULES[kind]
     if rank == 1 and kind == "shard":
         pair._local_tensor = pair._local_tensor[:1]
     pair.grad, plain.grad = torch.ones_like(pair), torch.ones_like(plain)
     try:
         optimizer.step()
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        with pytest.raises(type(error)):  # again, and nobody waits
+            optimizer.step()
         return str(error)
     return ""
 
@@ -766,6 +776,9 @@ def errors_in_one_group(kind: str) -> str:
         ("setting", "ranks [1] disagree"),
         ("value", "lr=-1.0"),
         ("muoon", "update_rule='muoon'"),
+        ("list", "update_rule=['muon']: use one of"),
+        ("dict", "update_rule={}: use one of"),
+        ("none", "update_rule=None: use one of"),
         ("normuon", "the group lacks 'beta2'"),
         ("dion", "the group lacks 'rank_fraction'"),
         ("dion2", "the group lacks 'fraction'"),
