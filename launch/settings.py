@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,19 @@ def read_settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     bare = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(settings))))
     given = {name for name, value in vars(bare).items() if value is not None}
     _check_engine(parser, settings, given)
+    # A resumed run may be started elsewhere.
+    settings.data = [_from_anywhere(pattern) for pattern in settings.data]
+    if settings.deepspeed_config is not None:
+        settings.deepspeed_config = settings.deepspeed_config.absolute()
     return settings
+
+
+def _from_anywhere(pattern: str) -> str:
+    """A file, folder or pattern that names the same from every working directory."""
+    if os.path.isabs(os.path.expanduser(pattern)):
+        return pattern
+    here = os.getcwd()
+    return os.path.join(here if os.path.exists(pattern) else glob.escape(here), pattern)
 
 
 def saved_settings(resume: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launch.data import _expand
 from launch.model import ModelConfig, Transformer
 from launch.optimizers import parameter_table
 from launch.settings import optimizer_name, optimizer_params, read_settings
@@ -89,6 +90,30 @@ def test_a_resumed_runs_settings_do_not_count_as_given(tmp_path, capsys):
     resumed = read_settings(["--resume", str(tmp_path)])
     assert (resumed.engine, resumed.lr) == ("deepspeed", 0.5)
     assert "--lr 0.1: " in refused(["--resume", str(tmp_path), "--lr", "0.1"], capsys)
+
+
+def test_a_run_resumes_from_another_directory(tmp_path, monkeypatch):
+    """Also where the first one's name has a character of patterns."""
+    first, second = tmp_path / "first [1]", tmp_path / "second"
+    for folder in (first / "texts", second):
+        folder.mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "texts/c.txt"):
+        (first / name).write_text(name)
+    (first / "zero.json").write_text('{"gradient_clipping": 2.0}')
+    monkeypatch.chdir(first)
+    data = ["--data", "a.txt", "texts", "../first [[]1]/b.*", str(first / "b.txt"), "~"]
+    deepspeed_arguments = ["--engine", "deepspeed", "--deepspeed-config", "zero.json"]
+    saved = vars(read_settings([*data, *deepspeed_arguments]))
+    (first / "settings.json").write_text(json.dumps(saved, default=str))
+    monkeypatch.chdir(second)
+    resumed = read_settings(["--resume", "../first [1]"])
+    assert resumed.data[-1] == "~"
+    found = [path.resolve() for path in _expand(resumed.data[:-1])]
+    assert sorted(set(found)) == [first / "a.txt", first / "b.txt", first / "texts" / "c.txt"]
+    assert resumed.deepspeed_config.read_text() == '{"gradient_clipping": 2.0}'
+    (second / "d.txt").write_text("d")
+    other = read_settings(["--resume", "../first [1]", "--data", "d.txt"])
+    assert _expand(other.data) == [second / "d.txt"]
 
 
 def test_options_that_mean_nothing_with_the_engine_are_refused(tmp_path, capsys):
