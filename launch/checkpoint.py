@@ -38,11 +38,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
 
 
 def describe_checkpoint(
-    path: Path, step: int, config: ModelConfig, *, engine: str, optimizer: str
+    path: Path, step: int, config: ModelConfig, *, tokens: int, engine: str, optimizer: str
 ) -> None:
     """Write beside a checkpoint how far it is, what wrote it and its model. One rank calls it."""
     path.mkdir(parents=True, exist_ok=True)
-    described = {"step": step, "engine": engine, "optimizer": optimizer, "model": asdict(config)}
+    described = {
+        "step": step,
+        "tokens": tokens,
+        "engine": engine,
+        "optimizer": optimizer,
+        "model": asdict(config),
+    }
     (path / "run.json").write_text(json.dumps(described, indent=2))
 
 
@@ -106,6 +112,12 @@ def checkpoint_step(path: Path, config: ModelConfig, *, engine: str, optimizer: 
                 "Resume with the arguments of the run that wrote it."
             )
     return int(described["step"])
+
+
+def checkpoint_tokens(path: Path) -> int | None:
+    """Return how many tokens a checkpoint was trained on; older ones do not say."""
+    tokens: int | None = json.loads((path / "run.json").read_text()).get("tokens")
+    return tokens
 
 
 def _is_complete(path: Path) -> bool:

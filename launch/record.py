@@ -11,7 +11,7 @@ class Record:
     """Appends to a JSON-lines file; without a path it keeps nothing.
 
     Lines with a `loss` are training steps, lines with a `validation_loss` evaluations; both carry
-    `step`, the number of updates before the loss was computed.
+    `step` and `tokens`, the numbers of updates and of their tokens before the loss was computed.
     """
 
     def __init__(self, path: Path | None, *, first_step: int = 0) -> None:

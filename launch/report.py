@@ -20,7 +20,7 @@ class RunFacts:
         data: What it read.
         model: What it trained.
         unigram_entropy: Loss in nats of the best model that ignores the context.
-        tokens_per_step: Tokens of the global batch.
+        tokens_per_step: Tokens of the global batch; before a resume it may have had others.
     """
 
     optimizer: str
@@ -40,11 +40,9 @@ def plot_losses(record: Path, facts: RunFacts, path: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_record(record)
-    train = [
-        (line["step"] * facts.tokens_per_step, line["loss"]) for line in lines if "loss" in line
-    ]
+    train = [(_tokens_before(line, facts), line["loss"]) for line in lines if "loss" in line]
     validation = [
-        (line["step"] * facts.tokens_per_step, line["validation_loss"])
+        (_tokens_before(line, facts), line["validation_loss"])
         for line in lines
         if "validation_loss" in line
     ]
@@ -71,13 +69,15 @@ def summarize(record: Path, facts: RunFacts, files: dict[str, Path]) -> str:
     evaluations = [line for line in lines if "validation_loss" in line]
     final = [line["loss"] for line in steps[-10:]]
     final_loss = sum(final) / len(final)
+    tokens = _num_tokens(steps, facts)
+    each = facts.tokens_per_step
+    size = f" of {each:,} tokens" if tokens == len(steps) * each else ""
     rows = {
         "data": facts.data,
         "model": facts.model,
         "optimizer": facts.optimizer,
         "ran on": f"{facts.device}, mesh {facts.mesh}",
-        "steps": f"{len(steps)} of {facts.tokens_per_step:,} tokens,"
-        f" {len(steps) * facts.tokens_per_step:,} tokens in {_total(steps, 'seconds'):.0f} s",
+        "steps": f"{len(steps)}{size}, {tokens:,} tokens in {_total(steps, 'seconds'):.0f} s",
         "": "",
         "unigram entropy": f"{facts.unigram_entropy:.3f} nats per token (ignores the context)",
         "first loss": f"{steps[0]['loss']:.3f}",
@@ -102,7 +102,18 @@ def _total(steps: list[dict[str, Any]], name: str) -> float:
 
 def _speed(steps: list[dict[str, Any]], facts: RunFacts) -> float:
     measured = _measured(steps)
-    return len(measured) * facts.tokens_per_step / _total(measured, "seconds")
+    return _num_tokens(measured, facts) / _total(measured, "seconds")
+
+
+def _tokens_before(line: dict[str, Any], facts: RunFacts) -> int:
+    # Older logs do not say.
+    return int(line.get("tokens", line["step"] * facts.tokens_per_step))
+
+
+def _num_tokens(steps: list[dict[str, Any]], facts: RunFacts) -> int:
+    """Tokens of consecutive steps, of which the last is the run's last."""
+    last = _tokens_before(steps[-1], facts) + facts.tokens_per_step
+    return last - _tokens_before(steps[0], facts)
 
 
 def _measured(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

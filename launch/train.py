@@ -28,7 +28,13 @@ if __package__ in (None, ""):
     # Started as a file: the repository instead of launch/, so that siblings import as launch.*.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.checkpoint import check_last, checkpoint_step, describe_checkpoint, find_checkpoint
+from launch.checkpoint import (
+    check_last,
+    checkpoint_step,
+    checkpoint_tokens,
+    describe_checkpoint,
+    find_checkpoint,
+)
 from launch.data import Dataset, load_dataset
 from launch.deepspeed_engine import DeepSpeedEngine
 from launch.engine import Batch, Engine, TorchEngine
@@ -70,6 +76,8 @@ class TrainingRun:
         self.folder = _run_folder(settings, world)
         model = Transformer(self.model_config, seed=settings.seed)
         self.facts = self._facts(model.num_parameters())
+        tokens = None if checkpoint is None else checkpoint_tokens(checkpoint)
+        self.tokens = self.first_step * self.facts.tokens_per_step if tokens is None else tokens
         if world.is_first and self.optimizer_name == "flashmuon":
             table = parameter_table(model, optimizer_params(settings))
             print(table, end="\n\n", file=sys.stderr, flush=True)
@@ -164,6 +172,7 @@ class TrainingRun:
         speed = self.facts.tokens_per_step / seconds
         self.record.add(
             step=step,
+            tokens=self.tokens,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr_factor=factor,
@@ -171,6 +180,7 @@ class TrainingRun:
             optimizer_seconds=result.optimizer_seconds,
             tokens_per_second=speed,
         )
+        self.tokens += self.facts.tokens_per_step
         progress.step(
             step,
             loss=result.loss,
@@ -192,7 +202,7 @@ class TrainingRun:
 
     def _evaluate(self, step: int) -> float:
         loss = self.engine.evaluate(self._validation_batches())
-        self.record.add(step=step, validation_loss=loss)
+        self.record.add(step=step, tokens=self.tokens, validation_loss=loss)
         return loss
 
     def _validation_batches(self) -> Iterator[Batch]:
@@ -213,6 +223,7 @@ class TrainingRun:
                 path,
                 step,
                 self.model_config,
+                tokens=self.tokens,
                 engine=self.settings.engine,
                 optimizer=self.optimizer_name,
             )

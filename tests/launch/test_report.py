@@ -48,6 +48,17 @@ def test_summary_states_what_the_log_says(log):
     assert rows["→ log"] == str(log)
 
 
+def test_steps_of_other_batches_count_as_what_they_were(tmp_path):
+    """Before a resume, two steps of 400 tokens."""
+    path = tmp_path / "log.jsonl"
+    record = Record(path)
+    for step, tokens in enumerate((0, 400, 800, 900)):
+        record.add(step=step, tokens=tokens, loss=5.0, seconds=0.5, optimizer_seconds=0.1)
+    text = summarize(path, FACTS, {"log": path})
+    assert "4, 1,000 tokens in 2 s" in text
+    assert " 400 (first step" in text  # 600 tokens in the other 1.5 seconds
+
+
 def test_losses_of_a_single_step_can_be_drawn(tmp_path):
     Record(tmp_path / "log.jsonl").add(step=0, loss=5.0, seconds=1.0, optimizer_seconds=0.1)
     plot_losses(tmp_path / "log.jsonl", FACTS, tmp_path / "loss.png")

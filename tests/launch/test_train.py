@@ -199,7 +199,7 @@ def test_resume_takes_a_checkpoint_from_inside_its_folder(launcher, single, monk
 def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
     for step in (999_999, 1_000_000, 1_000_001):
         path = checkpoint(tmp_path, step)
-        describe_checkpoint(path, step, ModelConfig(), engine="torch", optimizer="adamw")
+        describe_checkpoint(path, step, ModelConfig(), tokens=0, engine="torch", optimizer="adamw")
         (path / ".metadata").touch()
     (checkpoint(tmp_path, 1_000_001) / ".metadata").unlink()  # cut short
     assert find_checkpoint(tmp_path) == checkpoint(tmp_path, 1_000_000)
@@ -290,6 +290,18 @@ def test_resume_of_a_finished_run_goes_on_with_more_steps(launcher, single):
     assert [line["step"] for line in lines if "loss" in line] == [STEPS, STEPS + 1]
 
 
+def test_tokens_are_those_of_the_batches_that_there_were(launcher, single):
+    """Of 24 sequences of 16 tokens, then of 12, then of 24 again."""
+    run = launcher.resume(checkpoint(single, HALF), "--batch-size", "12", name="smaller")
+    launcher.resume(run, "--batch-size", "24", "--steps", str(STEPS + 1))
+    lines = [line for line in read_record(run / "log.jsonl") if "loss" in line]
+    half, end = HALF * 384, HALF * 384 + (STEPS - HALF) * 192
+    assert [line["tokens"] for line in lines] == [*range(half, end, 192), end]
+    assert read_record(run / "log.jsonl")[-1]["tokens"] == end + 384  # the validation
+    steps = f"{STEPS - HALF + 1}, {(STEPS - HALF) * 192 + 384:,} tokens in"
+    assert steps in (run / "summary.txt").read_text()
+
+
 def test_resume_of_another_model_is_refused(launcher, single):
     with pytest.raises(ValueError, match="num_layers=3, and this run has 2"):
         launcher.resume(checkpoint(single, HALF), "--layers", "2", name="other-model")
@@ -313,6 +325,7 @@ def test_a_checkpoint_that_names_no_engine_and_optimizer_resumes(launcher, singl
     path = checkpoint(run, HALF) / "run.json"
     described = json.loads(path.read_text())
     assert (described.pop("engine"), described.pop("optimizer")) == ("torch", "flashmuon")
+    assert described.pop("tokens") == HALF * 384
     path.write_text(json.dumps(described))
     resumed = launcher.resume(checkpoint(run, HALF), name="from-old")
     assert losses(resumed) == losses(single)[HALF:]
