@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flashns_dist.optim import parameter_groups
 from flashns_dist.optim.rules import MATRIX_RULES
 
-from .matrices import is_packed_experts
+from .matrices import is_convolution, is_packed_experts
 from .settings import Settings
 
 
@@ -55,7 +55,8 @@ def group_settings(
     ``is_embedding_or_output_parameter`` on a parameter, or an override, say otherwise.
 
     Raises:
-        ValueError: An override matches no parameter on any rank, or makes a vector a matrix.
+        ValueError: An override matches no parameter on any rank, or what is no matrix, stack of
+            matrices or convolution is to be one.
     """
     names, owned = parameter_names(chunks), owners(chunks)
     rules: dict[Tensor, str] = {}
@@ -68,7 +69,8 @@ def group_settings(
         wanted = getattr(param, "use_muon", None)
         if wanted is not None and param.ndim >= 2:
             rules[param] = "muon" if wanted else "adamw"
-    _apply_overrides(rules, names, settings.overrides)
+    used = _apply_overrides(rules, names, settings.overrides)
+    _check_everywhere(_no_matrix(rules, names, owned, settings), used, settings.overrides)
     result = {}
     for param, name in names.items():
         if param.requires_grad:
@@ -93,21 +95,49 @@ def _own_learning_rate(param: Tensor, config: Any, aux_lr: float) -> dict[str, f
 
 def _apply_overrides(
     rules: dict[Tensor, str], names: Mapping[Tensor, str], overrides: Mapping[str, str]
-) -> None:
-    if not overrides:
-        return
+) -> set[str]:
+    """Change the rules; the patterns that a parameter of this rank matches."""
     used = set()
-    problem = ""
     for param in rules:
-        matching = [pattern for pattern in overrides if fnmatchcase(names[param], pattern)]
-        if matching:
-            used.add(matching[0])
-            rules[param] = overrides[matching[0]]
-            if rules[param] in MATRIX_RULES and param.ndim < 2:
-                problem = problem or (
-                    f"--flashmuon-overrides {matching[0]}={rules[param]}: {names[param]} of shape "
-                    f"{tuple(param.shape)} is not a matrix. Write a narrower pattern."
-                )
+        pattern = _pattern(names[param], overrides)
+        if pattern is not None:
+            used.add(pattern)
+            rules[param] = overrides[pattern]
+    return used
+
+
+def _pattern(name: str, overrides: Mapping[str, str]) -> str | None:
+    return next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)
+
+
+def _no_matrix(
+    rules: Mapping[Tensor, str],
+    names: Mapping[Tensor, str],
+    owned: Mapping[Tensor, list[nn.Module]],
+    settings: Settings,
+) -> str:
+    """What is wrong with the first parameter that has a matrices' rule and no matrices."""
+    for param, rule in rules.items():
+        is_one = 2 <= param.ndim <= 3 or (param.ndim > 3 and is_convolution(owned[param]))
+        if rule in MATRIX_RULES and not is_one:
+            pattern = _pattern(names[param], settings.overrides)
+            asked = "use_muon=True"
+            advice = "Leave it to AdamW: use_muon=False."
+            if pattern is not None:
+                asked = f"--flashmuon-overrides {pattern}={rule}"
+                advice = "Write a narrower pattern."
+            return (
+                f"{asked}: {names[param]} of shape {tuple(param.shape)} is not a matrix, a stack "
+                f"of matrices or a convolution's weight. {advice}"
+            )
+    return ""
+
+
+def _check_everywhere(problem: str, used: set[str], overrides: Mapping[str, str]) -> None:
+    """Raise what one rank found wrong on all of them.
+
+    Collectives: an ``all_gather_object`` on the world.
+    """
     everywhere: list[tuple[set[str], str]] = [(used, problem)] * dist.get_world_size()
     dist.all_gather_object(everywhere, (used, problem))
     for _, found in everywhere:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from flashns_dist.layout import Block, Sections, leading_blocks
+from flashns_dist.layout import Block, Flattened, Sections, leading_blocks
 
 from .layouts import global_shape
 
@@ -62,6 +63,10 @@ def describe(
     if not is_matrix:
         return Description(shape, dim, ())
     whole = global_shape(shape, dim, num_shards)
+    if is_convolution(owners):
+        groups = int(owners[0].groups)  # type: ignore[arg-type]
+        cut = num_shards if dim == 0 and groups > 1 else 1  # these are the shard's
+        return Description(shape, dim, Flattened(groups * cut)(whole))
     blocks = leading_blocks(whole)
     if len(shape) == 2 and split_qkv and _module_name(name) == "linear_qkv":
         blocks = _qkv(name, whole, getattr(owners[1], "config", None))
@@ -75,6 +80,11 @@ def tensor_parallel_dim(param: Tensor) -> int:
     if not getattr(param, "tensor_model_parallel", False):
         return -1
     return int(getattr(param, "partition_dim", -1))
+
+
+def is_convolution(owners: list[nn.Module]) -> bool:
+    """Whether a weight is a convolution's, ``(out, in / groups, *kernel)``."""
+    return isinstance(owners[0], _ConvNd)
 
 
 def is_packed_experts(name: str, owners: list[nn.Module]) -> bool:

@@ -92,3 +92,10 @@ def allow_fp32(model: nn.Module) -> None:
         if type(module).__name__ == "GroupedMLP":
             module.config = copy.copy(module.config)
             module.config.bf16 = True  # type: ignore[union-attr]
+
+
+def add_convolutions(model: nn.Module) -> None:
+    """What patches of pictures and state-space layers have; nothing is computed with them."""
+    model.patches = nn.Conv2d(4, 12, 3, bias=False)
+    model.grouped = nn.Conv2d(8, 12, (3, 2), groups=2, bias=False)
+    model.conv1d = nn.Conv1d(4, 10, 5, bias=False)

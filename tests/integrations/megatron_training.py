@@ -16,7 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.integrations.megatron_cpu import checkpoint_writers, megatron_on_cpu
-from tests.integrations.megatron_layers import allow_fp32, layer_spec, positions_here
+from tests.integrations.megatron_layers import (
+    add_convolutions,
+    allow_fp32,
+    layer_spec,
+    positions_here,
+)
 
 WIDTH, HEADS, GROUPS, VOCABULARY, LENGTH = 32, 4, 2, 64, 8
 BATCH = 8
@@ -43,6 +48,7 @@ class Case:
     tied: bool = False
     experts: int = 0
     packed: bool = False
+    convolutions: bool = False
     per_token_loss: bool = False
     layers: int = 2
     micro_batches: int = 2
@@ -191,6 +197,8 @@ def make_chunks(case: Case) -> list[Any]:
             position_embedding_type="rope",
             **({"vp_stage": number} if case.virtual else {}),
         )
+        if case.convolutions and model.pre_process:
+            add_convolutions(model)
         fill(model, case)
         allow_fp32(model)
         if case.dtype != "fp32":

@@ -95,6 +95,9 @@ def test_low_precision_with_overlap_gives_what_it_gives_without(
     assert plain[-1][0] == pytest.approx(exact[-1][0], abs=0.02)
 
 
+CONVOLUTIONS = {"patches.weight": 1, "grouped.weight": 2, "conv1d.weight": 1}  # their groups
+
+
 # Bit for bit ----------------------------------------------------------------------------------
 
 
@@ -110,6 +113,8 @@ def separate_matrices(name: str, whole: Tensor, case: Case) -> list[Tensor]:
         and case.settings.get("split_gate_up", True)
     ):
         return list(whole.chunk(2))
+    if name in CONVOLUTIONS:
+        return [part.flatten(1) for part in whole.chunk(CONVOLUTIONS[name])]
     return [whole]
 
 
@@ -230,6 +235,15 @@ BITWISE = {
     "tp2, QKV as one matrix": (2, Case(gated=True, tp=2, settings={"split_qkv": False})),
     "dp2, fc1 as one matrix": (2, Case(gated=True, settings={"split_gate_up": False})),
     "ep2 x edp2": (4, Case(gated=True, ep=2, experts=4)),
+    **{
+        f"convolutions, {ranks}": (
+            2,
+            replace(
+                case, convolutions=True, settings={"overrides": dict.fromkeys(CONVOLUTIONS, "muon")}
+            ),
+        )
+        for ranks, case in (("dp2", Case()), ("tp2", Case(tp=2)))
+    },
     **{
         f"{name}, {ranks}": (2, replace(case, gated=True, settings=settings))
         for name, settings in RULES.items()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 pytest.importorskip("megatron.core")
@@ -331,6 +332,30 @@ def test_an_override_that_gives_a_vector_a_matrices_rule_is_refused(ranks: RankP
     ranks.run(2, refuse_override, case, message)
 
 
+def refuse_four_dims(case: Case, attribute: bool, message: str) -> None:
+    """Of a parameter that the first stage alone has."""
+    with megatron_ready(case):
+        chunks = make_chunks(case)
+        if dist.get_rank() == 0:
+            chunks[0].module.kernel = nn.Parameter(torch.zeros(4, 2, 3, 3))
+            if attribute:
+                chunks[0].module.kernel.use_muon = True
+        with pytest.raises(ValueError, match=message):
+            make_optimizer(case, chunks)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "overrides", "asked"),
+    [(True, {}, "use_muon=True"), (False, {"ker*": "adamuon"}, r"overrides ker\*=adamuon")],
+)
+def test_four_dims_that_are_no_convolution_are_no_matrices(
+    ranks: RankPool, attribute: bool, overrides: dict[str, str], asked: str
+) -> None:
+    message = rf"{asked}: kernel of shape \(4, 2, 3, 3\) is not a matrix, a stack of matrices or"
+    case = Case(pp=2, settings={"overrides": overrides})
+    ranks.run(2, refuse_four_dims, case, attribute, message)
+
+
 def rules_of_chunks(case: Case) -> list[set[str]]:
     """Of each chunk on this rank, the rules of its ``linear_fc1``."""
     with megatron_ready(case):
@@ -436,6 +461,36 @@ def test_packed_experts_are_matrices_by_expert() -> None:
     assert packed_experts(False, 1) == [[(8, 12)] * 3, [(6, 8)] * 3]
     assert packed_experts(True, 1) == [[(8, 6)] * 6, [(6, 8)] * 3]
     assert packed_experts(True, 2) == [[(8, 12)] * 6, [(12, 8)] * 3]
+
+
+@pytest.mark.parametrize(
+    ("groups", "cut", "shapes"),
+    [
+        (1, None, [(6, 36)]),
+        (2, None, [(3, 18)] * 2),
+        (1, 0, [(12, 36)]),  # shards of the outputs
+        (1, 1, [(6, 72)]),
+        (2, 0, [(3, 18)] * 4),  # shards of the groups
+    ],
+)
+def test_a_convolution_is_a_matrix_by_group(
+    groups: int, cut: int | None, shapes: list[tuple[int, int]]
+) -> None:
+    from flashns_dist.integrations.megatron.matrices import describe
+
+    layer: Any = nn.Conv2d(4, 6, 3, groups=groups)
+    if cut is not None:
+        layer.weight.tensor_model_parallel, layer.weight.partition_dim = True, cut
+    described = describe(
+        "patches.weight",
+        layer.weight,
+        [layer],
+        2,
+        is_matrix=True,
+        split_qkv=True,
+        split_gate_up=True,
+    )
+    assert [block.shape for block in described.blocks] == shapes
 
 
 def test_grouped_experts_are_split_like_dense_layers() -> None:
