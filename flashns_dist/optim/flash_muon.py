@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -251,13 +252,7 @@ class FlashMuon(Optimizer):
             renew_state(self.state, self.param_groups)
             replica_group = self._replica_group()
             self._bound = [
-                bind_parameter(
-                    name,
-                    param,
-                    index,
-                    replica_group,
-                    parameter_blocks(name, param.shape, self.param_groups[index]),
-                )
+                self._bind_parameter(name, param, index, replica_group)
                 for index in range(len(self.param_groups))
                 for name, param in self._named(index)
             ]
@@ -270,6 +265,17 @@ class FlashMuon(Optimizer):
             has_adapter=self._adapter is not None,
         )
         self._early.bind(self, self._bound, self._setup.matrices)
+
+    def _bind_parameter(
+        self, name: str, param: Tensor, index: int, replica_group: dist.ProcessGroup | None
+    ) -> BoundParameter:
+        """Bind one; a view that was set since and does not fit is every rank's error later."""
+        try:
+            blocks = parameter_blocks(name, param.shape, self.param_groups[index])
+        except ValueError as error:
+            bound = bind_parameter(name, param, index, replica_group)
+            return replace(bound, problem=str(error))
+        return bind_parameter(name, param, index, replica_group, blocks)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group
@@ -323,7 +329,11 @@ class FlashMuon(Optimizer):
         """A step of the bound parameters, unless some rank has others now: then nothing."""
         setup = self._setup
         if not self._checked:
-            setup.check(self.state)
+            try:
+                setup.check(self.state)
+            except Exception:
+                self._unbind()  # what is wrong with a parameter may be mended
+                raise
             self._checked = True
         if setup.is_outdated:
             self._change()

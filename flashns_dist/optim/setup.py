@@ -271,11 +271,12 @@ class Setup:
         if invalid is not None:
             return ValueError(invalid)
         try:
+            for bound in self.bound:
+                if bound.problem is not None:
+                    raise NotImplementedError(bound.problem)
             check_states(self.bound, self._groups, state)
             for bound in self.bound:
                 group = self._groups[bound.group_index]
-                if bound.problem is not None:
-                    raise NotImplementedError(bound.problem)
                 if is_matrix_rule(group):
                     rule = MATRIX_RULES[group["update_rule"]]
                     rule.check_layout(bound, group)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from flashns_dist import ExchangeOptions, FlashMuon
+from flashns_dist.layout import Equal
 from flashns_dist.optim import binding, setup
 from flashns_dist.optim.options import check_exchange
 from flashns_dist.testing.pool import RankPool, rank_device
@@ -688,6 +689,8 @@ def disagreement_after_the_first_step(change: str) -> str:
             group["update_rule"] = "normuon"
         elif change == "list":
             group["update_rule"] = ["muon"]
+        elif change == "view":
+            group["matrix_view"] = Equal(4)
         elif change == "function":
             group["adjust_lr_fn"] = lambda shape: 1.0
         elif change == "closure":
@@ -699,7 +702,7 @@ def disagreement_after_the_first_step(change: str) -> str:
     message = ""
     try:
         optimizer.step()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         message = str(error)
         for (_, p), old, momentum in zip(named, before, momenta, strict=True):
             assert torch.equal(p.detach().to_local(), old.to_local())
@@ -720,6 +723,7 @@ def disagreement_after_the_first_step(change: str) -> str:
         ("negative", "lr=-1.0", "ranks [1] disagree"),
         ("rule", "its update_rule was 'muon'", "rank 1 cannot step"),
         ("list", "its update_rule was 'muon' and is now ['muon']", "rank 1 cannot step"),
+        ("view", "6 rows cannot be cut into 4 equal blocks", "ranks [1] disagree"),
         ("function", "adjust_lr_fn(6, 8) failed", "ranks [1] disagree"),
         ("closure", "ranks [1] disagree", "ranks [1] disagree"),
         ("group", "ranks [1] disagree", "ranks [1] disagree"),
@@ -758,6 +762,8 @@ def errors_in_one_group(kind: str) -> str:
         optimizer.param_groups[0]["update_rule"] = kind
     if rank == 1 and kind in UNSUITABLE_RULES:
         optimizer.param_groups[0]["update_rule"] = UNSUITABLE_RULES[kind]
+    if rank == 1 and kind == "view":
+        optimizer.param_groups[0]["matrix_view"] = Equal(4)
     if rank == 1 and kind == "shard":
         pair._local_tensor = pair._local_tensor[:1]
     pair.grad, plain.grad = torch.ones_like(pair), torch.ones_like(plain)
@@ -765,6 +771,9 @@ def errors_in_one_group(kind: str) -> str:
         optimizer.step()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         with pytest.raises(type(error)):  # again, and nobody waits
+            optimizer.step()
+        if kind == "view":
+            optimizer.param_groups[0]["matrix_view"] = None
             optimizer.step()
         return str(error)
     return ""
@@ -783,6 +792,7 @@ def errors_in_one_group(kind: str) -> str:
         ("dion", "the group lacks 'rank_fraction'"),
         ("dion2", "the group lacks 'fraction'"),
         ("shard", "its placements"),
+        ("view", "6 rows cannot be cut into 4 equal blocks"),
     ],
 )
 def test_setups_that_are_wrong_are_errors_on_all_ranks(
