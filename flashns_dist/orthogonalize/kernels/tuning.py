@@ -136,7 +136,7 @@ def fastest(
     """Index of the fastest candidate, and the median seconds of each; one that fails is left out.
 
     Candidates are compiled first and then take turns, so that they are measured alike: the device's
-    clock depends on what ran before, and falls while one of them is compiled.
+    clock depends on what ran before.
 
     Args:
         candidates: Name and call of each.
