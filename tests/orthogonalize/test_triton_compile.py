@@ -200,9 +200,11 @@ def test_hopper_kernels_use_wgmma_and_tma_and_spill_next_to_nothing(built):
             assert kernel["matrix_store"], kernel
             # Before a stage is given back, the reads of it into registers are waited for.
             assert all(kernel["stages_read"]), kernel
-            assert len(kernel["stages_read"]) in (0, 4, 6, 8), kernel
     known = triton.__version__.startswith("3.6.")
     assert sum(kernel["specialized"] for kernel in built["hopper"]) == (7 if known else 0)
+    # Two stages of an addend, or three where there are squares, in each of two warpgroups.
+    reads = [len(each["stages_read"]) for each in built["hopper"] if each["specialized"]]
+    assert reads == ([0, 6, 6, 6, 8, 4, 0] if known else [])
 
 
 @pytest.mark.slow
