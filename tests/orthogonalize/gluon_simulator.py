@@ -207,7 +207,7 @@ def simulate_symmetric(module, a, b, c, out, scalars, *, stages, programs, late,
         (
             factor(a, swapped[0], HALF), factor(b, swapped[1], BLOCK),
             target if c is None else square(c), target, *map(pointer, scalars), 1.0, 1.0, 1.0,
-            n, k, batch, c is not None, *each, *map(bool, swapped), BLOCK, HALF, stages, 2,
+            n, k, batch, c is not None, *each, a is b, *map(bool, swapped), BLOCK, HALF, stages, 2,
         ),
         programs,
         late,
@@ -258,6 +258,7 @@ def _simulate(module, kernel_name, arguments, programs, late):
     lock.errors = []
 
     def load(source, at, barrier, destination):
+        assert program.waited, "read before the kernel before has ended"
         value = source.block(at)
         assert list(destination.shape) == source.block_type.shape
         size = value.numel() * value.element_size()
@@ -325,10 +326,10 @@ def _simulate(module, kernel_name, arguments, programs, late):
             return torch.where(condition, first, second)
         return first if condition else second
 
-    program = SimpleNamespace(now=0)
+    program = SimpleNamespace(now=0, waited=False)
     gl = SimpleNamespace(
         float32=torch.float32, int32=torch.int32, int64=Barrier, sqrt_rn=torch.sqrt,
-        where=choose, static_range=range, zeros_like=torch.zeros_like,
+        where=choose, static_range=range, full_like=torch.full_like,
         minimum=lambda x, y: torch.as_tensor(min(x, y)),
         maximum=lambda x, y: torch.as_tensor(max(x, y)),
         num_programs=lambda axis: programs, program_id=lambda axis: program.now,
@@ -345,6 +346,8 @@ def _simulate(module, kernel_name, arguments, programs, late):
         "gl": gl,
         "range": lambda *ends: map(torch.tensor, range(*map(int, ends))),
         "fence_async_shared": fence,
+        "gdc_wait": lambda: setattr(program, "waited", True),
+        "gdc_launch_dependents": lambda: None,
         "warpgroup_mma": multiply,
         "warpgroup_mma_wait": multiplied,
         "tma": SimpleNamespace(
@@ -365,4 +368,5 @@ def _simulate(module, kernel_name, arguments, programs, late):
             names[name] = FunctionType(kernel.fn.__code__, names, name)
 
     for program.now in range(programs):
+        program.waited = False
         names[kernel_name](*arguments)

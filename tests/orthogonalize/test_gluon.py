@@ -168,10 +168,12 @@ def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dt
     generator = torch.Generator().manual_seed(n)
     a, b, c = random(batch, n, k), random(batch, n, k), random(batch, n, n)
     scalars = [torch.randint(-2, 3, (batch,), generator=generator) / 2 for _ in range(3)]
-    for swapped in ((False, False), (True, False), (False, True)):
+    for same, swapped in itertools.product((0, 1), ((0, 0), (1, 0), (0, 1))):
         left, right = (
             t.mT.contiguous().mT if turned else t for t, turned in zip((a, b), swapped, strict=True)
         )
+        if same:
+            right, swapped = left, (swapped[0], swapped[0])
         for addend in (None, c):
             for alpha, beta, gamma in ((0.5, 2.0, -3.0), scalars):
                 out = torch.full((batch, n, n), torch.nan, dtype=dtype)
@@ -180,7 +182,7 @@ def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dt
                     programs=programs, late=late, swapped=swapped,
                 )  # fmt: skip
                 scales = [torch.as_tensor(v).view(-1, 1, 1) for v in (alpha, beta, gamma)]
-                full = scales[0] * (a.float() @ b.float().mT) + scales[2] * torch.eye(n)
+                full = scales[0] * (left.float() @ right.float().mT) + scales[2] * torch.eye(n)
                 full = full if addend is None else full + scales[1] * c.float()
                 assert torch.equal(out, (full.tril() + full.tril(-1).mT).to(dtype))
 
@@ -292,6 +294,18 @@ def test_the_source_of_the_product_run_in_python_computes_it(batch, n, m, k, pro
                 assert torch.equal(out.mT if transpose else out, full.bfloat16())
 
 
+def test_a_factor_of_minus_zero_keeps_its_sign():
+    # As in the other kernels: a sum of zeros is negative only if both are.
+    zeros, ones = torch.zeros(1, 64, 64).half(), torch.ones(1, 64, 64).half()
+    out = torch.full((1, 64, 64), torch.nan).half()
+    gluon_simulator.simulate_product(
+        gluon_product, zeros, zeros.mT, ones, out, (-1.0, torch.tensor([-0.0]), 0.0),
+        transpose=False, programs=1, late=(False,) * 3, swapped=(False, True),
+    )  # fmt: skip
+    assert torch.equal(out, zeros)
+    assert out.signbit().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not HOPPER or gluon_kernels() is None, reason="needs a Hopper GPU and Triton 3.6"
@@ -329,6 +343,28 @@ class TestOnHopper:
                         settled = TritonKernels(tune=False)
                         found = settled.symmetric(left, right, **options)
                         assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(("batch", "n"), [(1, 128), (2, 384), (40, 640), (5, 2048), (60, 768)])
+    def test_so_they_are_where_a_tensor_is_both_factors(self, batch, n, dtype):
+        generator = torch.Generator("cuda").manual_seed(n)
+        specialized, plain = (
+            TritonKernels(config=SPECIALIZED),
+            TritonKernels(config=SYMMETRIC_TMA[0]),
+        )
+        x = torch.randn(batch, n, n, generator=generator, device="cuda").to(dtype)
+        a = torch.tril(x) + torch.tril(x, -1).mT
+        for left, c in itertools.product((a, a.mT), (None, x)):
+            options = {"alpha": 1 / n, "c": c, "beta": 0.3, "gamma": -2.0}
+            expected = plain.symmetric(a, a.clone(), **options)
+            for _ in range(3):
+                out = torch.full_like(expected, torch.nan)
+                assert torch.equal(specialized.symmetric(left, left, out=out, **options), expected)
+            assert torch.equal(plain.symmetric(left, left, **options), expected)
+        for tall in (x, x.mT):
+            expected = plain.symmetric(tall, tall.mT.clone())
+            for _ in range(3):
+                assert torch.equal(specialized.gram(tall), expected)
 
     def test_a_nan_stays_in_its_matrix(self):
         kernels = TritonKernels(config=SPECIALIZED)

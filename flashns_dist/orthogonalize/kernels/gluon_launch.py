@@ -121,6 +121,7 @@ def symmetric_launch(
         "ALPHA_EACH": isinstance(scalars[0], Tensor),
         "BETA_EACH": isinstance(scalars[1], Tensor),
         "GAMMA_EACH": isinstance(scalars[2], Tensor),
+        "SAME": a.data_ptr() == b.data_ptr() and a.stride() == b.stride(),
         "A_SWAPPED": a_swapped,
         "B_SWAPPED": b_swapped,
     }
@@ -189,7 +190,7 @@ def _launch(
         "STAGES": config.stages,
         "GROUP": config.group,
     }
-    options = {"num_warps": config.warps} | UNFUSED
+    options = {"num_warps": config.warps, "launch_pdl": True} | UNFUSED
     return Launch(kernels[which], (num_sms,), changing, sizes, constants | tiles, options)
 
 

@@ -65,21 +65,26 @@ def load_factors(
     row0,
     col0,
     WIDE: gl.constexpr,
+    ONCE: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Fills stages with what a tile is the product of; the next slot."""
+    """Fills stages with what a tile is the product of; the next slot.
+
+    ``ONCE`` if both factors are the same blocks: those of ``b`` alone.
+    """
     left, right, ready, free = ring
     n, m, k = sizes
     HALF: gl.constexpr = BLOCK // 2
     BYTES: gl.constexpr = BLOCK * BLOCK_K * 2
+    BOXES: gl.constexpr = (0 if ONCE else 1) + (2 if WIDE else 1)
     for k0 in range(0, k, BLOCK_K):
         stage, barrier = _slot(slot, ready, free, STAGES)
-        mbarrier.expect(barrier, 3 * BYTES if WIDE else 2 * BYTES)
-        for half in gl.static_range(2):
+        mbarrier.expect(barrier, BOXES * BYTES)
+        for half in gl.static_range(0 if ONCE else 2):
             _load(
                 a, batch, row0 + half * HALF, k0, n, k, barrier, left.index(2 * stage + half),
                 A_SWAPPED,
@@ -107,15 +112,18 @@ def _squares(c, ring, BLOCK: gl.constexpr, STAGES: gl.constexpr):
 def load_addend(
     c, ring, slot, row0, col0, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Fills one stage, or two if the tile is wide, with its part of ``c``; the next slot."""
+    """Fills one stage, or two if the tile is wide, with its part of ``c``; the next slot.
+
+    Of a tile that is not wide, but for the square above the diagonal.
+    """
     _, _, ready, free = ring
     left_c, right_c = _squares(c, ring, BLOCK, STAGES)
     HALF: gl.constexpr = BLOCK // 2
     BOX: gl.constexpr = HALF * HALF * 2
     stage, barrier = _slot(slot, ready, free, STAGES)
-    mbarrier.expect(barrier, 6 * BOX if WIDE else 4 * BOX)
+    mbarrier.expect(barrier, 6 * BOX if WIDE else 3 * BOX)
     for half in gl.static_range(2):
-        for i in gl.static_range(2):
+        for i in gl.static_range(2 if WIDE else 1 + half):
             tma.async_copy_global_to_shared(
                 c, [row0 + half * HALF, col0 + i * HALF], barrier,
                 right_c.index(4 * stage + 2 * half + i),
@@ -143,27 +151,36 @@ def multiply_half(
     steps,
     half: gl.constexpr,
     WIDE: gl.constexpr,
+    ONCE: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The upper or lower half of a tile of ``a b^T``, in fp32, and the next slot."""
+    """The upper or lower half of a tile of ``a b^T``, in fp32, and the next slot.
+
+    Of a tile that is not wide, as far as the square on the diagonal.
+    """
     left, right, ready, free = ring
-    COLS: gl.constexpr = 2 * BLOCK if WIDE else BLOCK
+    COLS: gl.constexpr = 2 * BLOCK if WIDE else (1 + half) * (BLOCK // 2)
     BOTH: gl.constexpr = [BLOCK_K, 2 * BLOCK] if B_SWAPPED else [2 * BLOCK, BLOCK_K]
     pairs = right._reinterpret(right.dtype, [STAGES] + BOTH, right.layout)
+    if ONCE:  # each box of b as two of a
+        boxes = right._reinterpret(right.dtype, [4 * STAGES, BLOCK_K, BLOCK_K], left.layout)
+    else:
+        boxes = left
+    EACH: gl.constexpr = 4 if ONCE else 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     acc = gl.zeros((BLOCK // 2, COLS), gl.float32, LAYOUT)
     for i in range(steps):
         stage = (slot + i) % STAGES
-        first = left.index(2 * stage + half)
+        first = boxes.index(EACH * stage + half)
         if A_SWAPPED:
             first = first.permute((1, 0))
         second = pairs.index(stage)
         if not WIDE:
-            second = second.slice(0, BLOCK, dim=1 if B_SWAPPED else 0)
+            second = second.slice(0, COLS, dim=1 if B_SWAPPED else 0)
         if not B_SWAPPED:
             second = second.permute((1, 0))
         mbarrier.wait(ready.index(stage), ((slot + i) // STAGES) & 1)
@@ -199,16 +216,26 @@ def _release(barrier):
 
 
 @gluon.jit
-def add_narrow(
-    p0, p1, c, factor, ring, slot, half: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
-):
-    """Two squares of a tile plus ``factor`` times theirs of an addend, and the next slot."""
+def add_one(p0, c, factor, ring, slot, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    """The first square of a tile plus ``factor`` times that of an addend, and the next slot."""
     _, _, ready, free = ring
     _, right_c = _squares(c, ring, BLOCK, STAGES)
     stage = slot % STAGES
     mbarrier.wait(ready.index(stage), (slot // STAGES) & 1)
-    p0 = _add(p0, right_c.index(4 * stage + 2 * half), factor)
-    p1 = _add(p1, right_c.index(4 * stage + 2 * half + 1), factor)
+    p0 = _add(p0, right_c.index(4 * stage), factor)
+    _release(free.index(stage))
+    return p0, slot + 1
+
+
+@gluon.jit
+def add_two(p0, p1, c, factor, ring, slot, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    """The lower squares of a tile plus ``factor`` times those of an addend, and the next slot."""
+    _, _, ready, free = ring
+    _, right_c = _squares(c, ring, BLOCK, STAGES)
+    stage = slot % STAGES
+    mbarrier.wait(ready.index(stage), (slot // STAGES) & 1)
+    p0 = _add(p0, right_c.index(4 * stage + 2), factor)
+    p1 = _add(p1, right_c.index(4 * stage + 3), factor)
     _release(free.index(stage))
     return p0, p1, slot + 1
 
@@ -238,7 +265,7 @@ def add_wide(
 @gluon.jit
 def _add(value, block, factor):
     addend = block.load(value.type.layout).to(gl.float32)
-    return gl.fma(addend, gl.zeros_like(addend) + factor, value)
+    return gl.fma(addend, gl.full_like(addend, factor), value)
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ what is added and stored hidden behind the next tile's products; see ``gluon_pip
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashns_dist.orthogonalize.kernels.gluon_pipeline import (
     add_wide,
@@ -48,8 +49,8 @@ def _loader(
         row0 = row * BLOCK
         col0 = col * (2 * BLOCK)
         slot = load_factors(
-            a, b, ring, sizes, slot, batch, row0, col0, True, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
-            STAGES,
+            a, b, ring, sizes, slot, batch, row0, col0, True, False, A_SWAPPED, B_SWAPPED, BLOCK,
+            BLOCK_K, STAGES,
         )  # fmt: skip
         if SHIFTED:
             slot = load_addend(d, ring, slot, batch * n + row0, col0, True, BLOCK, STAGES)
@@ -93,7 +94,7 @@ def _multiplier(
         col0 = col * (2 * BLOCK)
         alpha = scalar(alphas, alpha_factor, batch, ALPHA_EACH)
         acc, slot = multiply_half(
-            ring, slot, k // BLOCK_K, half, True, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
+            ring, slot, k // BLOCK_K, half, True, False, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
         )
         first, second = halves(acc * alpha)
         p0, p1 = halves(first)
@@ -160,6 +161,8 @@ def product_kernel(
     sizes = (n, m, k)
     num_tiles = n // BLOCK * (m // (2 * BLOCK)) * num_matrices
     scalars = (alpha, beta, alpha_factor, beta_factor, shift)
+    gdc_wait()
+    gdc_launch_dependents()
     gl.warp_specialize(
         [
             (

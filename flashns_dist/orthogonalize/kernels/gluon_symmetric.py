@@ -9,9 +9,11 @@ see ``gluon_pipeline``.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashns_dist.orthogonalize.kernels.gluon_pipeline import (
-    add_narrow,
+    add_one,
+    add_two,
     add_wide,
     halves,
     load_addend,
@@ -37,6 +39,7 @@ def _load_tile(
     col,
     WIDE: gl.constexpr,
     HAS_C: gl.constexpr,
+    SAME: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -47,8 +50,8 @@ def _load_tile(
     row0 = row * BLOCK
     col0 = col * BLOCK
     slot = load_factors(
-        a, b, ring, (n, n, k), slot, batch, row0, col0, WIDE, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
-        STAGES,
+        a, b, ring, (n, n, k), slot, batch, row0, col0, WIDE, SAME and not WIDE, A_SWAPPED,
+        B_SWAPPED, BLOCK, BLOCK_K, STAGES,
     )  # fmt: skip
     if HAS_C:
         slot = load_addend(c, ring, slot, batch * n + row0, col0, WIDE, BLOCK, STAGES)
@@ -63,6 +66,7 @@ def _loader(
     ring,
     sizes,
     HAS_C: gl.constexpr,
+    SAME: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -78,7 +82,7 @@ def _loader(
     for turn in range(gl.program_id(0), wide, gl.num_programs(0)):
         batch, row, col = wide_at(turn, num_blocks, GROUP)
         slot = _load_tile(
-            a, b, c, ring, sizes, slot, batch, row, col, True, HAS_C, A_SWAPPED, B_SWAPPED,
+            a, b, c, ring, sizes, slot, batch, row, col, True, HAS_C, SAME, A_SWAPPED, B_SWAPPED,
             BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
     for turn in range(start, stop, gl.num_programs(0)):
@@ -86,8 +90,8 @@ def _loader(
         for square in range(first, last):
             batch, row = square_at(square, num_blocks)
             slot = _load_tile(
-                a, b, c, ring, sizes, slot, batch, row, row, False, HAS_C, A_SWAPPED, B_SWAPPED,
-                BLOCK, BLOCK_K, STAGES,
+                a, b, c, ring, sizes, slot, batch, row, row, False, HAS_C, SAME, A_SWAPPED,
+                B_SWAPPED, BLOCK, BLOCK_K, STAGES,
             )  # fmt: skip
 
 
@@ -138,6 +142,7 @@ def _multiply_tile(
     ALPHA_EACH: gl.constexpr,
     BETA_EACH: gl.constexpr,
     GAMMA_EACH: gl.constexpr,
+    SAME: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -155,25 +160,32 @@ def _multiply_tile(
     gamma = scalar(scalars[2], factors[2], batch, GAMMA_EACH)
     mine = (blocks.index(2 * half), blocks.index(2 * half + 1))
     acc, slot = multiply_half(
-        ring, slot, k // BLOCK_K, half, WIDE, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
-    )
-    first, second = halves(acc * alpha)
+        ring, slot, k // BLOCK_K, half, WIDE, SAME and not WIDE, A_SWAPPED, B_SWAPPED, BLOCK,
+        BLOCK_K, STAGES,
+    )  # fmt: skip
+    acc = acc * alpha
     if WIDE:
+        first, second = halves(acc)
         p0, p1 = halves(first)
         p2, p3 = halves(second)
         if HAS_C:
             p0, p1, p2, p3, slot = add_wide(
                 p0, p1, p2, p3, c, beta, ring, slot, half, BLOCK, STAGES
             )
-    else:
-        p0, p1 = first, second
-        if HAS_C:
-            p0, p1, slot = add_narrow(p0, p1, c, beta, ring, slot, half, BLOCK, STAGES)
-    _finish(out, p0, gamma, mine, base, row0, col0)
-    _finish(out, p1, gamma, mine, base, row0, col0 + HALF)
-    if WIDE:
+        _finish(out, p0, gamma, mine, base, row0, col0)
+        _finish(out, p1, gamma, mine, base, row0, col0 + HALF)
         _finish(out, p2, gamma, mine, base, row0, col0 + 2 * HALF)
         _finish(out, p3, gamma, mine, base, row0, col0 + 3 * HALF)
+    elif half == 0:
+        if HAS_C:
+            acc, slot = add_one(acc, c, beta, ring, slot, BLOCK, STAGES)
+        _finish(out, acc, gamma, mine, base, row0, col0)
+    else:
+        p0, p1 = halves(acc)
+        if HAS_C:
+            p0, p1, slot = add_two(p0, p1, c, beta, ring, slot, BLOCK, STAGES)
+        _finish(out, p0, gamma, mine, base, row0, col0)
+        _finish(out, p1, gamma, mine, base, row0, col0 + HALF)
     return slot
 
 
@@ -191,6 +203,7 @@ def _multiplier(
     ALPHA_EACH: gl.constexpr,
     BETA_EACH: gl.constexpr,
     GAMMA_EACH: gl.constexpr,
+    SAME: gl.constexpr,
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -211,7 +224,7 @@ def _multiplier(
         batch, row, col = wide_at(turn, num_blocks, GROUP)
         slot = _multiply_tile(
             out, c, scalars, factors, ring, blocks, sizes, slot, batch, row, col, half, True, HAS_C,
-            ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
+            ALPHA_EACH, BETA_EACH, GAMMA_EACH, SAME, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
     for turn in range(start, stop, gl.num_programs(0)):
         first, last = squares_at(turn, wide, squares, doubled)
@@ -219,8 +232,8 @@ def _multiplier(
             batch, row = square_at(square, num_blocks)
             slot = _multiply_tile(
                 out, c, scalars, factors, ring, blocks, sizes, slot, batch, row, row, half, False,
-                HAS_C, ALPHA_EACH, BETA_EACH, GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
-                STAGES,
+                HAS_C, ALPHA_EACH, BETA_EACH, GAMMA_EACH, SAME, A_SWAPPED, B_SWAPPED, BLOCK,
+                BLOCK_K, STAGES,
             )  # fmt: skip
     tma.store_wait(0)
 
@@ -244,6 +257,7 @@ def symmetric_kernel(
     ALPHA_EACH: gl.constexpr,
     BETA_EACH: gl.constexpr,
     GAMMA_EACH: gl.constexpr,
+    SAME: gl.constexpr,  # whether b is a
     A_SWAPPED: gl.constexpr,
     B_SWAPPED: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -262,26 +276,28 @@ def symmetric_kernel(
     sizes = (n, k, num_matrices)
     scalars = (alpha, beta, gamma)
     factors = (alpha_factor, beta_factor, gamma_factor)
+    gdc_wait()
+    gdc_launch_dependents()
     gl.warp_specialize(
         [
             (
                 _multiplier,
                 (
                     out, c, scalars, factors, ring, blocks, sizes, 0, HAS_C, ALPHA_EACH, BETA_EACH,
-                    GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES, GROUP,
+                    GAMMA_EACH, SAME, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES, GROUP,
                 ),
             ),
             (
                 _multiplier,
                 (
                     out, c, scalars, factors, ring, blocks, sizes, 1, HAS_C, ALPHA_EACH, BETA_EACH,
-                    GAMMA_EACH, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES, GROUP,
+                    GAMMA_EACH, SAME, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES, GROUP,
                 ),
             ),
             (
                 _loader,
                 (
-                    a, b, c, ring, sizes, HAS_C, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
+                    a, b, c, ring, sizes, HAS_C, SAME, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES,
                     GROUP,
                 ),
             ),

@@ -122,7 +122,8 @@ class Kernels(Protocol):
         """``alpha * a b + beta * c + gamma * I``, exactly symmetric.
 
         ``a`` and ``b`` commute in exact arithmetic (polynomials of one Gram matrix), so that the
-        product is symmetric and only half of its tiles need computing.
+        product is symmetric and only half of its tiles need computing. A tensor that is given as
+        both is symmetric itself.
         """
         ...
 

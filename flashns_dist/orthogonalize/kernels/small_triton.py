@@ -139,9 +139,12 @@ def squares_kernel(
     n,
     TILE: tl.constexpr,
 ):
-    """The sum of squares of one tile of the lower triangle, and of its mirror image."""
-    tile = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    """The sum of squares of one tile of the lower triangle, and of its mirror image.
+
+    Starts with what was written last: it is still in L2.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     row = triangle_row(tile)
     col = tile - row * (row + 1) // 2
     r = row * TILE + tl.arange(0, TILE)

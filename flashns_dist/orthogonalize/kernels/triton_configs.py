@@ -20,6 +20,7 @@ class TileConfig:
         stages: Depth of the software pipeline.
         group: Block rows that run together, for the L2 cache.
         specialized: The Gluon kernel, in which some warps load and others multiply.
+        backwards: Whether the last tiles come first.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class TileConfig:
     stages: int
     group: int = 8
     specialized: bool = False
+    backwards: bool = False
 
     def label(self) -> str:
         """A short name for logs and the tuning cache."""
@@ -66,8 +68,12 @@ MAX_IDLE = 1.15
 # What only moves memory, as the products of deflation with the matrix (k is 64 there): at most 64
 # rows, at most 64 columns, and sums of at most 64. Tiles as small as that, and for the last no
 # pipeline, so that many programs fit on an SM. Measured on eight shapes: the first is within 6 % of
-# the best everywhere (docs/benchmarks/README.md).
-PRODUCT_FLAT = (TileConfig(64, 128, 64, 4, 4), TileConfig(64, 256, 64, 8, 4))
+# the best everywhere (docs/benchmarks/README.md). Products of the first kind come between passes
+# that read the same memory forwards: backwards they begin with what is still in L2, and so do those.
+PRODUCT_FLAT = (
+    TileConfig(64, 128, 64, 4, 4, backwards=True),
+    TileConfig(64, 256, 64, 8, 4, backwards=True),
+)
 PRODUCT_NARROW = (TileConfig(64, 64, 64, 4, 6), TileConfig(64, 64, 128, 4, 4))
 PRODUCT_SHALLOW = (TileConfig(64, 128, 64, 4, 1), TileConfig(64, 256, 64, 4, 1))
 # With plain pointers (other devices, and strides that descriptors cannot express). No depth of 32:

@@ -155,6 +155,7 @@ def product_launch(
         "X_SWAPPED": x_swapped,
         "C_SWAPPED": c_swapped,
         "TRANSPOSE": transpose,
+        "BACKWARDS": config.backwards,
         "BLOCK_N": config.rows,
         "BLOCK_M": config.cols,
         "BLOCK_K": config.depth,

@@ -47,6 +47,7 @@ def product_kernel(
     X_SWAPPED: tl.constexpr,
     C_SWAPPED: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    BACKWARDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,7 +57,7 @@ def product_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program computes one ``BLOCK_N x BLOCK_M`` tile; ``GROUP`` block rows run together."""
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARDS else tl.program_id(0)
     a_strides = (stride_ab, stride_ar, stride_ac)
     x_strides = (stride_xb, stride_xr, stride_xc)
     c_strides = (stride_cb, stride_cr, stride_cc)
