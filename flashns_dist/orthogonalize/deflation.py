@@ -32,7 +32,7 @@ from torch import Tensor
 from flashns_dist.orthogonalize.bound import spectral_bound
 from flashns_dist.orthogonalize.coefficients import slope
 from flashns_dist.orthogonalize.kernels import small
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple, Scalar
 from flashns_dist.orthogonalize.stages import step_factor
 
 NUM_DIRECTIONS = 64
@@ -63,18 +63,18 @@ def deflate(
     x: Tensor,  # (8, 1024, 4096), or (8, 4096, 1024)
     size: float,
     *,
-    scale: Scalar = 1.0,
+    normalized: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``S X`` for each matrix of a batch; its singular values are at most those of ``X``.
 
     Args:
         kernels: The backend.
-        x: ``(batch, rows, columns)``; ``X`` is ``scale * x``, transposed if that is tall, and has
-            Frobenius norm ``size`` or is zero. The products read ``x`` as it is, so that a scale
-            and a cast need no pass of their own.
+        x: ``(batch, rows, columns)``; ``X`` is ``x``, transposed if that is tall, and multiplied so
+            that its Frobenius norm is ``size``, unless it is zero. The products read ``x`` as it
+            is, so that a scale and a cast need no pass of their own.
         size: The norm, ``stages.entry_scale(n, m)``.
-        scale: Of each matrix.
+        normalized: Whether ``x`` has this norm already.
         dtype: Of the result, ``x.dtype`` by default.
 
     Returns:
@@ -83,11 +83,17 @@ def deflate(
     dtype = dtype or x.dtype
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    n, unit = wide.shape[-2], scale / size
+    n = wide.shape[-2]
     # Nothing is kept from or for FakeTensorMode, whose tensors have no data.
     make = _signs if type(x) is Tensor else _hashed_signs
     signs = make(n, min(NUM_DIRECTIONS, n), x.dtype, x.device)
-    sketch = kernels.product(signs.expand(x.shape[0], -1, -1), wide, alpha=scale)
+    scale: Scalar = 1.0
+    if normalized:
+        sketch = kernels.product(signs.expand(x.shape[0], -1, -1), wide)
+    else:
+        sketch, each = kernels.sketch(signs, wide, scale=size)
+        scale = Multiple(each)
+    unit = scale / size
     # X Y has norm size^2 at most, and float16 holds size. Its long sums are worth many programs:
     # there are more of them with n rows than with k.
     image = kernels.product(wide, sketch.mT, alpha=unit, transpose=True)

@@ -65,11 +65,10 @@ def fast(
     if {x.dtype, dtype} <= {torch.float16, torch.bfloat16}:
         # Deflation reads the input as it is: no pass that only scales and casts.
         packed = x if 1 in x.stride()[-2:] else x.contiguous()
-        scale = Multiple(kernels.inverse_norms(packed, scale=size))
-        current = deflate(kernels, packed, size, scale=scale, dtype=dtype)
+        current = deflate(kernels, packed, size, normalized=False, dtype=dtype)
     else:
         current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
-        current = deflate(kernels, current, size)
+        current = deflate(kernels, current, size, normalized=True)
     return _iterate(kernels, current, coefficients, size, x.dtype, transpose)
 
 

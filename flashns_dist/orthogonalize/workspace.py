@@ -80,6 +80,14 @@ class _Sizes:
     def inverse_norms(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
         return torch.empty(len(x), device="meta")
 
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        size = (len(x), signs.shape[1], x.shape[2])
+        is_bfloat16 = x.dtype == torch.bfloat16
+        raw = self._new(*size, dtype=x.dtype if is_bfloat16 else torch.float32)
+        result = self._new(*size, dtype=x.dtype)
+        del raw
+        return result, self.inverse_norms(x)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         return self._result(out, len(x), x.shape[1], x.shape[1], dtype=x.dtype)
 

@@ -83,7 +83,7 @@ def test_deflation_bounds_the_norm_and_keeps_the_polar_factor(aspect):
     for name, x in suites(n, aspect).items():
         size = (n * n * aspect) ** 0.5
         x = x * (size / x.norm())
-        result = deflate(KERNELS, x[None], size)[0]
+        result = deflate(KERNELS, x[None], size, normalized=True)[0]
         left, values, right = torch.linalg.svd(x)
         shrunk = torch.linalg.svdvals(result)
         assert (shrunk <= values + 1e-9 * values[0]).all(), name
@@ -102,7 +102,7 @@ def test_deflation_bounds_the_norm_and_keeps_the_polar_factor(aspect):
 def test_the_bound_is_small_where_random_directions_are_ill_conditioned(dtype):
     n = 384
     for name, x in flat_tops(n, 1).items():
-        result = deflate(KERNELS, (x * (n / x.norm())).to(dtype)[None], float(n))
+        result = deflate(KERNELS, (x * (n / x.norm())).to(dtype)[None], float(n), normalized=True)
         gram = KERNELS.gram(result.double(), alpha=1 / n**2)
         # With 0.167 the two steps are as exact as five of Polar Express.
         assert spectral_bound(KERNELS, gram).scale.item() ** -0.5 < 0.165, name
@@ -114,22 +114,22 @@ def test_deflation_scales_casts_and_transposes_what_it_reads(tall):
     size = 128.0
     scale = KERNELS.inverse_norms(x, scale=size)
     source = x.mT.contiguous() if tall else x
-    result = deflate(KERNELS, source, size, scale=scale, dtype=torch.float16)
+    result = deflate(KERNELS, source, size, normalized=False, dtype=torch.float16)
     normalized = x.double() * scale[:, None, None].double()
-    expected = deflate(KERNELS, normalized, size)
+    expected = deflate(KERNELS, normalized, size, normalized=True)
     assert result.dtype == torch.float16
     assert result.shape == (2, 96, 192)
     # What is shrunk is a difference of what bfloat16 factors of norm `size` have rounded.
     assert torch.linalg.matrix_norm(result.double() - expected, 2).max() < size / 128
     zero = torch.zeros(1, 40, 50, dtype=torch.bfloat16)
-    assert not deflate(KERNELS, zero, size, scale=KERNELS.inverse_norms(zero, scale=size)).any()
+    assert not deflate(KERNELS, zero, size, normalized=False).any()
 
 
 def test_deflation_leaves_a_flat_spectrum_nearly_alone():
     x = spectra(256, 4)["gaussian"]
     size = (256 * 1024) ** 0.5
     x = x * (size / x.norm())
-    result = deflate(KERNELS, x[None], size)[0]
+    result = deflate(KERNELS, x[None], size, normalized=True)[0]
     ratio = torch.linalg.svdvals(result)[-1] / torch.linalg.svdvals(x)[-1]
     assert 0.7 < ratio <= 1.0
 
@@ -138,7 +138,7 @@ def test_the_margin_covers_the_basis():
     for name, x in suites(128, 1).items():
         x = x * (128.0 / x.norm())
         # The worst that the basis can do is on the matrix itself: A^T A <= MARGIN ||X||^2.
-        result = deflate(KERNELS, x.half()[None], 128.0)[0]
+        result = deflate(KERNELS, x.half()[None], 128.0, normalized=True)[0]
         assert torch.isfinite(result).all(), name
         assert result.float().norm() <= 128.0 * (1 + 1e-3), name
 

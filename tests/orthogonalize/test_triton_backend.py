@@ -292,6 +292,34 @@ def test_inverse_norms_take_every_scale_and_layout(shape, source):
     assert kernels.inverse_norms(x).isnan().tolist() == [True] + [False] * (shape[0] - 1)
 
 
+@pytest.mark.parametrize("shape", [(2, 130, 200), (3, 64, 33), (1, 200, 96)])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
+def test_a_sketch_takes_every_scale_and_layout(shape, source):
+    kernels = TritonKernels()
+    batch, n, m = shape
+    signs = (random(1, 64, n).sign() / n**0.5).to(source)
+    for size in (1.0, 3e4 / 5) if source == torch.float16 else (1e-30, 1.0, 1e30):
+        x = (random(*shape).clamp(-5, 5) * size).to(source)
+        x[-1] = 0
+        wide = torch.zeros(batch, 200, 304, dtype=source, device=DEVICE)
+        wide = wide[:, :n, :m].copy_(x)
+        norms = torch.linalg.vector_norm(x.double(), dim=(1, 2))
+        exact = torch.where(norms == 0, 0, 200.0 / norms)
+        expected = exact[:, None, None] * (signs.double() @ x.double())
+        for view in (x, x.mT.contiguous().mT, wide):
+            for backend in (kernels, REFERENCE):
+                found, inverse = backend.sketch(signs, view, scale=200.0)
+                assert (found.dtype, found.shape) == (source, (batch, 64, m))
+                assert torch.allclose(inverse.double(), exact, rtol=1e-5, atol=0)
+                error = (found.double() - expected).abs().max()
+                assert error <= 2 * torch.finfo(source).eps * expected.abs().max()
+    clean, _ = kernels.sketch(signs, x)
+    x[0, 1, 2] = torch.nan
+    found, inverse = kernels.sketch(signs, x)
+    assert inverse.isnan().tolist() == [True] + [False] * (batch - 1)
+    assert torch.equal(found[1:], clean[1:])
+
+
 def test_normalize_isolates_zeros_and_nans():
     kernels = TritonKernels()
     for shape in ((3, 20, 33), (3, 182, 200)):

@@ -25,6 +25,7 @@ from flashns_dist.orthogonalize.kernels import small_triton, triton_configs as c
 from flashns_dist.orthogonalize.kernels.gluon_launch import gluon_kernels
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel, scale_transpose_kernel)
+from flashns_dist.orthogonalize.kernels.triton_sketch import scale_sketch_kernel, sketch_kernel
 from flashns_dist.orthogonalize.kernels.triton_product import (
     combine_kernel, product_kernel, scale_columns_kernel)
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
@@ -53,7 +54,8 @@ def build(kernel, types, constants, config, arch):
             "registers": registers, "warps": config.warps, "wgmma": "wgmma" in ptx,
             "mma": "mma.sync" in ptx, "tma_load": "cp.async.bulk.tensor" in ptx,
             "tma_store": bool(re.search(r"bulk\\.tensor\\..d\\.global\\.shared", ptx)),
-            "matrix_store": "stmatrix" in ptx, "specialized": "setmaxnreg" in ptx,
+            "dependent": "griddepcontrol.wait" in ptx, "matrix_store": "stmatrix" in ptx,
+            "specialized": "setmaxnreg" in ptx,
             "stages_read": [
                 "fence.proxy.async" in part for part in re.split(r"mbarrier\\.arrive\\.", ptx)[:-1]
                 if "ldmatrix" in re.split(r"mbarrier\\.try_wait|[$]L__BB", part)[-1]]}
@@ -84,8 +86,8 @@ def gluon(each, a_swapped, b_swapped, has_c, same=False):
         layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if each else gl.float16)
         names[name] = f"tensordesc<{'bf16' if each else 'fp16'}{box},{layout!r}>"
     constants = dict(HAS_C=has_c, ALPHA_EACH=each, BETA_EACH=each, GAMMA_EACH=each,
-        SAME=same, A_SWAPPED=a_swapped, B_SWAPPED=b_swapped, BLOCK=size, BLOCK_K=depth, STAGES=config.stages,
-        GROUP=config.group)
+        SAME=same, A_SWAPPED=a_swapped, B_SWAPPED=b_swapped, BLOCK=size, BLOCK_K=depth,
+        STAGES=config.stages, GROUP=config.group)
     return build(gluon_kernels()[0], names, constants, config, 90)
 
 def gluon_product(each, a_swapped, b_swapped, has_c, shifted, transpose):
@@ -119,10 +121,10 @@ def product(config, tma, arch, shifted):
         dtype = "bf16" if name == "c" and not shifted else "fp16"
         names[name] = f"tensordesc<{dtype}[1, {r}, {c}]>" if tma else f"*{dtype}"
     constants = dict(HAS_C=True, SHIFTED=shifted, ALPHA_EACH=False, BETA_EACH=not shifted,
-        A_SWAPPED=False,
-        X_SWAPPED=False, C_SWAPPED=False, TRANSPOSE=True, BACKWARDS=config.backwards, BLOCK_N=rows,
-        BLOCK_M=cols, BLOCK_K=depth, GROUP=config.group, TMA=tma, DTYPE=tl.float16, PRECISION="ieee",
-        stride_ac=1, stride_xc=1, stride_cc=1, stride_oc=1)
+        A_SWAPPED=False, X_SWAPPED=False, C_SWAPPED=False, TRANSPOSE=True,
+        BACKWARDS=config.backwards, BLOCK_N=rows, BLOCK_M=cols, BLOCK_K=depth, GROUP=config.group,
+        TMA=tma, DTYPE=tl.float16, PRECISION="ieee", stride_ac=1, stride_xc=1, stride_cc=1,
+        stride_oc=1)
     return build(product_kernel, names, constants, config, arch)
 
 def small(kernel, arch, constants, warps=4, stages=3, **types):
@@ -135,6 +137,11 @@ def smalls(arch):
     yield small(small_triton.norm_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32, inverse=fp32)
     yield small(small_triton.bound_scalars_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32,
         scale=fp32, weight=fp32, root=fp32)
+    sketch = {"X_SWAPPED": False, "ROWS": 64, "BLOCK": 128, "BLOCK_K": 64, "TMA": False}
+    sums = {"raw": "*bf16", "sums": fp32, "levels": "*i32"}
+    yield small(sketch_kernel, arch, sketch | {"stride_xc": 1}, signs="*bf16", x="*bf16", **sums)
+    yield small(scale_sketch_kernel, arch, {"BLOCK": 4096, "CHUNKS": 16}, out="*bf16", inverse=fp32,
+        scale="fp32", **sums)
     yield small(inverse_norms_kernel, arch, {"CHUNKS": 256}, sums=fp32, levels="*i32", out=fp32,
         scale="fp32")
     # Triton makes a constant of a size that is one.
@@ -199,6 +206,7 @@ def test_hopper_kernels_use_wgmma_and_tma_and_spill_next_to_nothing(built):
         if kernel["config"].endswith("gluon"):
             assert kernel["specialized"], kernel
             assert kernel["matrix_store"], kernel
+            assert kernel["dependent"], kernel
             # Before a stage is given back, the reads of it into registers are waited for.
             assert all(kernel["stages_read"]), kernel
     known = triton.__version__.startswith("3.6.")
@@ -218,10 +226,11 @@ def test_two_programs_of_the_first_symmetric_tile_share_an_sm(built):
 
 
 @pytest.mark.slow
-def test_small_kernels_fit_and_only_shrinking_multiplies(built):
+def test_small_kernels_fit_and_only_those_of_deflation_multiply(built):
     for kernel in built["small"]:
         assert kernel["shared"] <= 99 * 1024, kernel
-        assert (kernel["mma"] or kernel["wgmma"]) == kernel["name"].startswith("shrink"), kernel
+        multiplies = kernel["name"].startswith(("shrink", "sketch"))
+        assert (kernel["mma"] or kernel["wgmma"]) == multiplies, kernel
 
 
 @pytest.mark.slow

@@ -190,6 +190,7 @@ def _launch(
         "STAGES": config.stages,
         "GROUP": config.group,
     }
+    # Programs become resident as those of the kernel before leave their SMs, and wait for its end.
     options = {"num_warps": config.warps, "launch_pdl": True} | UNFUSED
     return Launch(kernels[which], (num_sms,), changing, sizes, constants | tiles, options)
 

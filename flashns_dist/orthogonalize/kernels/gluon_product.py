@@ -94,8 +94,9 @@ def _multiplier(
         col0 = col * (2 * BLOCK)
         alpha = scalar(alphas, alpha_factor, batch, ALPHA_EACH)
         acc, slot = multiply_half(
-            ring, slot, k // BLOCK_K, half, True, False, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K, STAGES
-        )
+            ring, slot, k // BLOCK_K, half, True, False, A_SWAPPED, B_SWAPPED, BLOCK, BLOCK_K,
+            STAGES,
+        )  # fmt: skip
         first, second = halves(acc * alpha)
         p0, p1 = halves(first)
         p2, p3 = halves(second)
@@ -161,7 +162,7 @@ def product_kernel(
     sizes = (n, m, k)
     num_tiles = n // BLOCK * (m // (2 * BLOCK)) * num_matrices
     scalars = (alpha, beta, alpha_factor, beta_factor, shift)
-    gdc_wait()
+    gdc_wait()  # the kernel before has ended, and what it wrote is visible
     gdc_launch_dependents()
     gl.warp_specialize(
         [

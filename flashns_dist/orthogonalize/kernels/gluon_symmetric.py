@@ -276,7 +276,7 @@ def symmetric_kernel(
     sizes = (n, k, num_matrices)
     scalars = (alpha, beta, gamma)
     factors = (alpha_factor, beta_factor, gamma_factor)
-    gdc_wait()
+    gdc_wait()  # the kernel before has ended, and what it wrote is visible
     gdc_launch_dependents()
     gl.warp_specialize(
         [

@@ -104,6 +104,14 @@ class Kernels(Protocol):
         """
         ...
 
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """``signs x`` times ``scale / ||x||_F`` of each matrix, in the dtype of ``x``, and these.
+
+        ``signs`` is ``(1, k, n)``, of the same dtype. For what norms, see ``inverse_norms``. Reads
+        ``x`` once where it can.
+        """
+        ...
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """``alpha * x x^T`` (exactly symmetric)."""
         ...

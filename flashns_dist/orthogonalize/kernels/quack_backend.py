@@ -80,6 +80,10 @@ class QuackKernels:
         """See ``interface.Kernels.inverse_norms``."""
         return self._other.inverse_norms(x, scale=scale)
 
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.sketch``."""
+        return self._other.sketch(signs, x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
         if not is_number(alpha) or not _fits(x, out) or x.numel() == 0:

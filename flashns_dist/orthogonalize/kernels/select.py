@@ -135,6 +135,10 @@ class SelectedKernels:
         """See ``interface.Kernels.inverse_norms``."""
         return self._default.inverse_norms(x, scale=scale)
 
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.sketch``."""
+        return self._default.sketch(signs, x, scale=scale)
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
 

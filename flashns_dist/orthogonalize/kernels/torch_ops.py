@@ -81,6 +81,11 @@ class TorchKernels:
         norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
         return torch.where(norms == 0, 0, scale / norms).float()
 
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.sketch``."""
+        inverse = self.inverse_norms(x, scale=scale)
+        return self.product(signs.expand(len(x), -1, -1), x, alpha=inverse), inverse
+
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""
         return self.symmetric(x, x.mT, alpha=alpha, out=out)

@@ -29,12 +29,14 @@ from flashns_dist.orthogonalize.kernels.triton_launch import (
 )
 from flashns_dist.orthogonalize.kernels.triton_operators import on_device_of, split_scalars
 from flashns_dist.orthogonalize.kernels.triton_passes import (
+    SKETCH_ROWS,
     device_facts,
     has_tensor_cores,
     launch_combine,
     launch_gram_space,
     launch_inverse_norms,
     launch_normalize,
+    launch_sketch,
     scale_columns,
 )
 from flashns_dist.orthogonalize.kernels.triton_prepared import (
@@ -143,6 +145,26 @@ class TritonKernels:
             with on_device_of(x):
                 launch_inverse_norms(x, scale, out)
         return out
+
+    def sketch(self, signs: Tensor, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See ``interface.Kernels.sketch``; one pass for 64 signs in half precision."""
+        batch, _, m = x.shape
+        rows = signs.shape[1]
+        if rows != SKETCH_ROWS or x.dtype not in (torch.float16, torch.bfloat16):
+            inverse = self.inverse_norms(x, scale=scale)
+            return self.product(signs.expand(batch, -1, -1), x, alpha=inverse), inverse
+        signs = signs[:1].contiguous()  # an operation, so that a recording knows what it reads
+        out = torch.empty((batch, rows, m), dtype=x.dtype, device=x.device)
+        inverse = torch.empty(batch, dtype=torch.float32, device=x.device)
+        if x.numel() == 0:
+            return out.zero_(), inverse.zero_()
+        tma = self._descriptors_usable(signs, x)
+        if torch.compiler.is_compiling():
+            torch.ops.flashns_dist.sketch(signs, x, scale, tma, out, inverse)
+        else:
+            with on_device_of(x):
+                launch_sketch(signs, x, scale, tma, out, inverse)
+        return out, inverse
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
         """See ``interface.Kernels.gram``."""

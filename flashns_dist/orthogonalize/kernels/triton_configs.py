@@ -68,14 +68,18 @@ MAX_IDLE = 1.15
 # What only moves memory, as the products of deflation with the matrix (k is 64 there): at most 64
 # rows, at most 64 columns, and sums of at most 64. Tiles as small as that, and for the last no
 # pipeline, so that many programs fit on an SM. Measured on eight shapes: the first is within 6 % of
-# the best everywhere (docs/benchmarks/README.md). Products of the first kind come between passes
-# that read the same memory forwards: backwards they begin with what is still in L2, and so do those.
-PRODUCT_FLAT = (
-    TileConfig(64, 128, 64, 4, 4, backwards=True),
-    TileConfig(64, 256, 64, 8, 4, backwards=True),
+# the best everywhere (docs/benchmarks/README.md). Deflation reads the same memory in turn forwards
+# (the sketch, and products of the first kind) and backwards, so that each pass begins with what is
+# still in L2.
+PRODUCT_FLAT = (TileConfig(64, 128, 64, 4, 4), TileConfig(64, 256, 64, 8, 4))
+PRODUCT_NARROW = (
+    TileConfig(64, 64, 64, 4, 6, backwards=True),
+    TileConfig(64, 64, 128, 4, 4, backwards=True),
 )
-PRODUCT_NARROW = (TileConfig(64, 64, 64, 4, 6), TileConfig(64, 64, 128, 4, 4))
-PRODUCT_SHALLOW = (TileConfig(64, 128, 64, 4, 1), TileConfig(64, 256, 64, 4, 1))
+PRODUCT_SHALLOW = (
+    TileConfig(64, 128, 64, 4, 1, backwards=True),
+    TileConfig(64, 256, 64, 4, 1, backwards=True),
+)
 # With plain pointers (other devices, and strides that descriptors cannot express). No depth of 32:
 # with odd strides the symmetric product of 128 x 128 x 32 and 4 warps came out wrong on the H200 at
 # (5, 129, 131), float16 and bfloat16, while every depth of 64 was right. Why is not known: the PTX

@@ -14,7 +14,7 @@ SMALL = tl.constexpr(2.0**100)
 
 
 @triton.jit
-def _choose(plain, big, small):
+def choose(plain, big, small):
     """The partial sum that neither overflowed nor underflowed, and its level."""
     level = tl.where(plain < 2.0**-80, 1, 0)
     level = tl.where(plain < 2.0**100, level, -1)  # also for inf and nan
@@ -23,7 +23,7 @@ def _choose(plain, big, small):
 
 
 @triton.jit
-def _factors(total, level, scale):
+def factors(total, level, scale):
     """``(pre, post, norm)``: ``x * pre * post`` is ``x * scale / norm``."""
     pre = tl.where(level == 1, SMALL, tl.where(level == 0, 1.0, BIG))
     back = tl.where(level == 1, 2.0**-100, tl.where(level == 0, 1.0, 2.0**80))
@@ -68,13 +68,13 @@ def partial_norms_kernel(
             up = values * SMALL
             big += down * down
             small += up * up
-        total, level = _choose(total, tl.sum(big), tl.sum(small))
+        total, level = choose(total, tl.sum(big), tl.sum(small))
     tl.store(sums + batch * tl.num_programs(0) + chunk, total)
     tl.store(levels + batch * tl.num_programs(0) + chunk, level)
 
 
 @triton.jit
-def _combine(sums, levels, batch, num_chunks, CHUNKS: tl.constexpr):
+def combine(sums, levels, batch, num_chunks, CHUNKS: tl.constexpr):
     """All partial sums of one matrix, at the highest level that occurs."""
     index = tl.arange(0, CHUNKS)
     mask = index < num_chunks
@@ -103,8 +103,8 @@ def inverse_norms_kernel(
 ):
     """``scale / norm`` of one matrix from its partial sums; zero for a zero matrix."""
     batch = tl.program_id(0)
-    total, level = _combine(sums, levels, batch.to(tl.int64), num_chunks, CHUNKS)
-    pre, post, _ = _factors(total, level, scale)
+    total, level = combine(sums, levels, batch.to(tl.int64), num_chunks, CHUNKS)
+    pre, post, _ = factors(total, level, scale)
     tl.store(out + batch, post * pre)
 
 
@@ -128,9 +128,9 @@ def scale_kernel(
     """``x * scale / norm``, cast. Starts with what the pass before read last: it is still in L2."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (num_matrices - 1 - tl.program_id(1)).to(tl.int64)
-    total, level = _combine(sums, levels, batch, num_chunks, CHUNKS)
+    total, level = combine(sums, levels, batch, num_chunks, CHUNKS)
     factor = tl.load(scale + batch) if SCALE_EACH else scale
-    pre, post, norm = _factors(total, level, factor)
+    pre, post, norm = factors(total, level, factor)
     if chunk == 0:
         tl.store(norms + batch, norm)
     start = chunk.to(tl.int64) * (BLOCK * STEPS)
@@ -164,9 +164,9 @@ def scale_transpose_kernel(
     batch = (num_matrices - 1 - tl.program_id(2)).to(tl.int64)
     block_row = tl.num_programs(1) - 1 - tl.program_id(1)
     block_col = tl.num_programs(0) - 1 - tl.program_id(0)
-    total, level = _combine(sums, levels, batch, num_chunks, CHUNKS)
+    total, level = combine(sums, levels, batch, num_chunks, CHUNKS)
     factor = tl.load(scale + batch) if SCALE_EACH else scale
-    pre, post, norm = _factors(total, level, factor)
+    pre, post, norm = factors(total, level, factor)
     if (block_row == 0) & (block_col == 0):
         tl.store(norms + batch, norm)
     c = block_col * BLOCK + tl.arange(0, BLOCK)
@@ -203,13 +203,13 @@ def normalize_once_kernel(
     values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
     down = values * BIG
     up = values * SMALL
-    total, level = _choose(
+    total, level = choose(
         tl.sum(tl.sum(values * values, axis=1)),
         tl.sum(tl.sum(down * down, axis=1)),
         tl.sum(tl.sum(up * up, axis=1)),
     )
     factor = tl.load(scale + batch) if SCALE_EACH else scale
-    pre, post, norm = _factors(total, level, factor)
+    pre, post, norm = factors(total, level, factor)
     tl.store(norms + batch, norm)
     result = ((values * pre) * post).to(out.dtype.element_ty)
     base = batch * rows * cols

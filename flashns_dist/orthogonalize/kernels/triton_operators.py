@@ -19,6 +19,7 @@ from flashns_dist.orthogonalize.kernels.triton_passes import (
     launch_gram_space,
     launch_inverse_norms,
     launch_normalize,
+    launch_sketch,
 )
 from flashns_dist.orthogonalize.kernels.triton_prepared import arguments
 
@@ -102,6 +103,14 @@ def _inverse_norms_op(x: Tensor, scale: float, out: Tensor) -> None:
         launch_inverse_norms(x, scale, out)
 
 
+@torch.library.custom_op("flashns_dist::sketch", mutates_args=("out", "inverse"))
+def _sketch_op(
+    signs: Tensor, x: Tensor, scale: float, tma: bool, out: Tensor, inverse: Tensor
+) -> None:
+    with on_device_of(x):
+        launch_sketch(signs, x, scale, tma, out, inverse)
+
+
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
 def _gram_space_op(
     x: Tensor,
@@ -140,6 +149,7 @@ for _operator in (
     _product_op,
     _normalize_op,
     _inverse_norms_op,
+    _sketch_op,
     _gram_space_op,
     _combine_op,
 ):

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
-from flashns_dist.orthogonalize.kernels.triton_launch import TL_DTYPES, precision
+from flashns_dist.orthogonalize.kernels.strides import described
+from flashns_dist.orthogonalize.kernels.triton_launch import TL_DTYPES, descriptor, precision
 from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel,
     normalize_once_kernel,
@@ -25,10 +26,15 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     key_and_values,
 )
 from flashns_dist.orthogonalize.kernels.triton_product import combine_kernel, scale_columns_kernel
+from flashns_dist.orthogonalize.kernels.triton_sketch import scale_sketch_kernel, sketch_kernel
 from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
 
 # A matrix of at most this many (padded) entries is normalized by one program in one pass.
 ONE_PASS_ENTRIES = 32768
+SKETCH_ROWS = 64
+# Columns that a program sketches, and rows that it loads at a time: of eight tiles on an H200 the
+# fastest or within 16 % of it, at eight shapes.
+SKETCH_BLOCK = (128, 64)
 
 _LAUNCHES = LaunchTable()
 
@@ -138,6 +144,58 @@ def launch_inverse_norms(x: Tensor, scale: float, out: Tensor) -> None:
         )  # fmt: skip
 
     run(launch, (sums, levels, out), (scale,), "inverse norms", sums.shape)
+
+
+def launch_sketch(
+    signs: Tensor, x: Tensor, scale: float, tma: bool, out: Tensor, inverse: Tensor
+) -> None:
+    """Writes ``scale / norm`` of each matrix to ``inverse``, and ``signs x`` times that to ``out``.
+
+    Args:
+        signs: ``(1, SKETCH_ROWS, n)``, contiguous, in the dtype of ``x``.
+        x: ``(batch, n, m)``.
+        scale: A number.
+        tma: Whether to read both by descriptors.
+        out: ``(batch, SKETCH_ROWS, m)``, contiguous.
+        inverse: ``(batch,)`` fp32.
+    """
+    batch, n, m = x.shape
+    rows, (block, depth) = SKETCH_ROWS, SKETCH_BLOCK
+    chunks = -(-m // block)  # so that a norm does not depend on the batch
+    sums = torch.empty((batch, chunks), dtype=torch.float32, device=x.device)
+    levels = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
+    # A sketch of huge entries is beyond float16, and rounding one to bfloat16 twice does no harm.
+    raw_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    raw = torch.empty(out.shape, dtype=raw_dtype, device=x.device)
+    swapped = tma and bool(described(x))
+
+    def sketching() -> Launch:
+        sources: tuple[object, ...] = (signs, x)
+        if tma:
+            sources = descriptor(signs, False, rows, depth), descriptor(x, swapped, depth, block)
+        constants = {
+            "X_SWAPPED": swapped,
+            "ROWS": rows,
+            "BLOCK": block,
+            "BLOCK_K": depth,
+            "TMA": tma,
+        }
+        return Launch(
+            sketch_kernel, (chunks, batch), (*sources, raw, sums, levels),
+            (n, m, *((0, 0, 0) if tma else x.stride())), constants,
+            {"num_warps": 4, "num_stages": 4 if tma else 3},
+        )  # fmt: skip
+
+    def scaling() -> Launch:
+        size, entries = rows * m, 4096
+        return Launch(
+            scale_sketch_kernel, (-(-size // entries), batch),
+            (raw, sums, levels, out, inverse, scale), (size, chunks),
+            {"BLOCK": entries, "CHUNKS": triton.next_power_of_2(chunks)}, {"num_warps": 4},
+        )  # fmt: skip
+
+    run(sketching, (signs, x, raw, sums, levels), (), "sketch", x.shape, tma)
+    run(scaling, (raw, sums, levels, out, inverse), (scale,), "scale sketch", out.shape)
 
 
 def launch_gram_space(
