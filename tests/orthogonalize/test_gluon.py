@@ -152,6 +152,24 @@ def test_it_is_the_default_where_every_sm_gets_a_tile():
         assert chosen(*shape) == default_symmetric(SYMMETRIC_TMA, *shape, shape[1], 132)
 
 
+def test_whether_a_tensor_is_both_factors_decides_what_is_launched(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "gluon_kernels", lambda: KERNELS)
+    kernels, keys = TritonKernels(), []
+    monkeypatch.setattr(kernels._launches, "launch", lambda key, *_: keys.append(key))
+    x, y = (torch.zeros(2, 256, 256).half() for _ in range(2))
+    for left, right in ((x, x), (x, y), (x, x.mT), (x, y.mT)):
+        kernels.symmetric(left, right)
+    assert len(set(keys)) == 4
+    a, b, out = operands(2, 256, 256)
+    same = [
+        gluon_launch.symmetric_launch(
+            a, right, None, out, (1.0,) * 6, config=SPECIALIZED, num_sms=132
+        ).constants["SAME"]
+        for right in (a, b, a.mT)
+    ]
+    assert same == [True, False, False]
+
+
 @pytest.mark.parametrize(
     "late", [(False,) * 3, (True,) * 3, (False, True, True), (True, False, False)]
 )
@@ -168,14 +186,13 @@ def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dt
     generator = torch.Generator().manual_seed(n)
     a, b, c = random(batch, n, k), random(batch, n, k), random(batch, n, n)
     scalars = [torch.randint(-2, 3, (batch,), generator=generator) / 2 for _ in range(3)]
-    for same, swapped in itertools.product((0, 1), ((0, 0), (1, 0), (0, 1))):
+    for same, *swapped in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0), (1, 1, 1)):
         left, right = (
             t.mT.contiguous().mT if turned else t for t, turned in zip((a, b), swapped, strict=True)
         )
-        if same:
-            right, swapped = left, (swapped[0], swapped[0])
+        right = left if same else right
         for addend in (None, c):
-            for alpha, beta, gamma in ((0.5, 2.0, -3.0), scalars):
+            for alpha, beta, gamma in ((0.5, 2.0, -3.0), scalars)[: 2 - same]:
                 out = torch.full((batch, n, n), torch.nan, dtype=dtype)
                 gluon_simulator.simulate_symmetric(
                     gluon_symmetric, left, right, addend, out, (alpha, beta, gamma), stages=4,
@@ -365,6 +382,12 @@ class TestOnHopper:
             expected = plain.symmetric(tall, tall.mT.clone())
             for _ in range(3):
                 assert torch.equal(specialized.gram(tall), expected)
+                found = specialized.symmetric(tall, tall.mT)
+                assert torch.equal(found, expected)
+            other = tall.clone()
+            assert torch.equal(specialized.symmetric(tall, other.mT), expected)
+            other.neg_()
+            assert torch.equal(specialized.symmetric(tall, other.mT), -expected)
 
     def test_a_nan_stays_in_its_matrix(self):
         kernels = TritonKernels(config=SPECIALIZED)

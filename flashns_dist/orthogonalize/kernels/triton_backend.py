@@ -354,9 +354,10 @@ class TritonKernels:
         third = out if c is None else c
         packed = arguments(*scalars)
         facts, values = key_and_values((a, b, third, out), packed)
-        same = values[0] == values[1] and a.shape == b.shape and a.stride() == b.stride()
+        shared = values[0] == values[1]  # decides, with the strides, whether b^T is a
 
         def make() -> Launch:
+            same = shared and a.shape == b.shape and a.stride() == b.stride()
             bt = b.mT if turned and not same else b
             tma = self._descriptors_usable(a, bt, c, out) and described(out) is False
             batch, n, k = a.shape
@@ -383,7 +384,7 @@ class TritonKernels:
             return self._choose(kind, configs, default, launch, a, (n, k), tma)
 
         device = a.get_device()
-        key = ("symmetric", turned, same, c is None, a.shape, facts, device)
+        key = ("symmetric", turned, shared, c is None, a.shape, facts, device)
         self._launches.launch(key, device, values, make)
 
     def _product(
