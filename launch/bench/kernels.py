@@ -347,7 +347,7 @@ def product(bench: Bench) -> None:
 
 
 def deflation(bench: Bench) -> None:
-    """What shrinks dominant singular values: four products that only move memory, and factors."""
+    """What shrinks dominant singular values: products that only move memory, norms and factors."""
     for shape in bench.smaller(*DEFLATED):
         if bench.out_of_time():
             return
@@ -382,6 +382,13 @@ def _deflation(bench: Bench, batch: int, n: int, m: int) -> None:
             for config in dict.fromkeys((*configs, *PRODUCT_TMA[:2], *MORE_SHALLOW))
         }
         bench.move(name, (batch, n, m), x.nbytes * passes, calls)
+
+    def two_passes() -> Tensor:
+        inverse = kernels.inverse_norms(x, scale=size)
+        return kernels.product(signs.expand(batch, -1, -1), x, alpha=inverse)
+
+    sketches = {"one pass": partial(kernels.sketch, signs, x, scale=size), "two passes": two_passes}
+    bench.move("sketch and norm", (batch, n, m), x.nbytes, sketches)
     factors = {"default": partial(shrink_factors, kernels, image, signs, size)}
     bench.move("factors of deflation", (batch, n, m), image.nbytes * 3, factors)
 
