@@ -47,7 +47,7 @@ def summarize(seconds: list[float]) -> Timing:
     )
 
 
-def _timed(call: Callable[[], object], count: int, repeats: int) -> list[float]:
+def timed(call: Callable[[], object], count: int, repeats: int) -> list[float]:
     seconds = []
     if not torch.cuda.is_available():
         for _ in range(repeats):
@@ -74,7 +74,7 @@ def _synchronize() -> None:
 def _calls_per_repeat(call: Callable[[], object], target: float) -> int:
     call()
     _synchronize()
-    single = min(_timed(call, 1, 3 if target else 1))
+    single = min(timed(call, 1, 3 if target else 1))
     return max(1, min(50, int(target / max(single, 1e-6))))
 
 
@@ -86,7 +86,7 @@ def eager(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 10
         for _ in range(count):
             call()
 
-    return summarize(_timed(several, count, repeats))
+    return summarize(timed(several, count, repeats))
 
 
 def graphed(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 10) -> Timing:
@@ -103,7 +103,7 @@ def graphed(call: Callable[[], object], *, target: float = 5e-3, repeats: int = 
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return summarize(_timed(graph.replay, count, repeats))
+    return summarize(timed(graph.replay, count, repeats))
 
 
 def sustained(
@@ -132,7 +132,7 @@ def sustained(
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, (graph, count) in graphs.items():
-            single = _timed(graph.replay, 1, 1)[0]
+            single = timed(graph.replay, 1, 1)[0]
             replays = max(1, round(seconds / single))
 
             def several(graph: torch.cuda.CUDAGraph = graph, replays: int = replays) -> None:
@@ -140,7 +140,7 @@ def sustained(
                     graph.replay()
 
             several()
-            taken[name] += _timed(several, count * replays, 1)
+            taken[name] += timed(several, count * replays, 1)
     return {name: summarize(values) for name, values in taken.items()}
 
 
