@@ -471,6 +471,15 @@ def test_torch_compile_sees_one_operator_per_product():
     assert torch.equal(compiled(x, scale), expected)
 
 
+def test_torch_compile_sees_a_sketch_as_one_operator_where_descriptors_are_used():
+    kernels = TritonKernels(descriptors=None if CUDA else True)
+    signs, x = random(1, 64, 128).half(), random(2, 128, 72).half()
+    compiled = torch.compile(kernels.sketch, fullgraph=True, backend="aot_eager")
+    expected = kernels.sketch(signs, x, scale=3.0)
+    for found, wanted in zip(compiled(signs, x, scale=3.0), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_importing_the_package_imports_no_triton():
     code = "import sys, flashns_dist.orthogonalize; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -158,12 +158,11 @@ class TritonKernels:
         inverse = torch.empty(batch, dtype=torch.float32, device=x.device)
         if x.numel() == 0:
             return out.zero_(), inverse.zero_()
-        tma = self._descriptors_usable(signs, x)
         if torch.compiler.is_compiling():
-            torch.ops.flashns_dist.sketch(signs, x, scale, tma, out, inverse)
+            torch.ops.flashns_dist.sketch(signs, x, scale, out, inverse)
         else:
             with on_device_of(x):
-                launch_sketch(signs, x, scale, tma, out, inverse)
+                self._sketch(signs, x, scale, out, inverse)
         return out, inverse
 
     def gram(self, x: Tensor, *, alpha: Scalar = 1.0, out: Tensor | None = None) -> Tensor:
@@ -339,6 +338,10 @@ class TritonKernels:
             with on_device_of(x):
                 launch_gram_space(x, steps, alpha, scale, out)
         return out, shift
+
+    def _sketch(self, signs: Tensor, x: Tensor, scale: float, out: Tensor, inverse: Tensor) -> None:
+        # Whether descriptors are usable depends on addresses, which compilers do not know.
+        launch_sketch(signs, x, scale, self._descriptors_usable(signs, x), out, inverse)
 
     def _symmetric(
         self,

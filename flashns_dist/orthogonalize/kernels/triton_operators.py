@@ -19,7 +19,6 @@ from flashns_dist.orthogonalize.kernels.triton_passes import (
     launch_gram_space,
     launch_inverse_norms,
     launch_normalize,
-    launch_sketch,
 )
 from flashns_dist.orthogonalize.kernels.triton_prepared import arguments
 
@@ -104,11 +103,9 @@ def _inverse_norms_op(x: Tensor, scale: float, out: Tensor) -> None:
 
 
 @torch.library.custom_op("flashns_dist::sketch", mutates_args=("out", "inverse"))
-def _sketch_op(
-    signs: Tensor, x: Tensor, scale: float, tma: bool, out: Tensor, inverse: Tensor
-) -> None:
+def _sketch_op(signs: Tensor, x: Tensor, scale: float, out: Tensor, inverse: Tensor) -> None:
     with on_device_of(x):
-        launch_sketch(signs, x, scale, tma, out, inverse)
+        _backend()._sketch(signs, x, scale, out, inverse)
 
 
 @torch.library.custom_op("flashns_dist::gram_space", mutates_args=("out",))
