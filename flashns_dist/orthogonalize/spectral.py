@@ -64,7 +64,8 @@ def fast(
     size = entry_scale(n, m)
     if {x.dtype, dtype} <= {torch.float16, torch.bfloat16}:
         # Deflation reads the input as it is: no pass that only scales and casts.
-        packed = x if 1 in x.stride()[-2:] else x.contiguous()
+        # A batch of one matrix expanded is read otherwise than the matrix, in another order.
+        packed = x if x.stride(0) and 1 in x.stride()[-2:] else x.contiguous()
         current = deflate(kernels, packed, size, normalized=False, dtype=dtype)
     else:
         current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)

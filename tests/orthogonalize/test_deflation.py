@@ -12,7 +12,9 @@ from flashns_dist.orthogonalize.deflation import (
     shrink_weights,
 )
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.methods import find_method
 from flashns_dist.orthogonalize.solver import minimax_row, step_multiplier, step_value
+from flashns_dist.orthogonalize.spectral import fast
 from flashns_dist.testing.spectra import adversarial, flat_tops, spectra
 
 KERNELS = TorchKernels()
@@ -123,6 +125,22 @@ def test_deflation_scales_casts_and_transposes_what_it_reads(tall):
     assert torch.linalg.matrix_norm(result.double() - expected, 2).max() < size / 128
     zero = torch.zeros(1, 40, 50, dtype=torch.bfloat16)
     assert not deflate(KERNELS, zero, size, normalized=False).any()
+
+
+def test_an_expanded_batch_is_read_as_its_matrix_is(monkeypatch):
+    kernels, strides = TorchKernels(), []
+
+    def sketch(signs, x, *, scale):
+        strides.append(x.stride())
+        return TorchKernels.sketch(kernels, signs, x, scale=scale)
+
+    monkeypatch.setattr(kernels, "sketch", sketch)
+    coefficients = find_method("fast").default_for(torch.float16)
+    x = spectra(96, 2)["gaussian"].bfloat16()[None]
+    for batch in (x.expand(3, -1, -1), x):
+        fast(kernels, batch, coefficients, dtype=torch.float16, transpose=False)
+    assert strides[0] == (96 * 192, 192, 1)
+    assert strides[1][1:] == (192, 1)
 
 
 def test_deflation_leaves_a_flat_spectrum_nearly_alone():
