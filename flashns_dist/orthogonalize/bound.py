@@ -45,44 +45,54 @@ class SpectralBound:
 def spectral_bound(
     kernels: Kernels,
     gram: Tensor,  # (8, 1024, 1024)
+    weight: float | None = None,
 ) -> SpectralBound:
     """A bound on the largest eigenvalue of each Gram matrix.
 
     Args:
         kernels: The backend.
         gram: ``(batch, n, n)``, symmetric and positive semidefinite up to rounding.
-
+        weight: Such that the dtype holds ``weight * R^2``. Default: one over the Frobenius norm of
+            each matrix, so that float16 holds the square of any matrix that it holds; this takes
+            one more pass.
     """
+    n = gram.shape[-1]
     if small.runs_triton(kernels, gram):
-        norm, inverse = small.symmetric_norms(gram)
-        square = kernels.symmetric(gram, gram, alpha=inverse)
-        scale, weight, root = small.bound_scalars(norm, square)
-        return SpectralBound(scale, root, Square(square, weight))
-    norm = _frobenius(gram)
-    # Divided by the norm, so that float16 holds the square of any matrix that it holds.
-    square = kernels.symmetric(gram, gram, alpha=norm.clamp_min(TINY).reciprocal())
-    scale, weight, root = bound_scalars(norm, _frobenius(square), gram.shape[-1])
-    return SpectralBound(scale, root, Square(square, weight))
+        each = small.inverse_norms(gram) if weight is None else weight
+        square = kernels.symmetric(gram, gram, alpha=each)
+        scale, root, rest = small.bound_scalars(square, each)
+        return SpectralBound(scale, root, Square(square, rest))
+    each = _frobenius(gram).clamp_min(TINY).reciprocal() if weight is None else weight
+    square = kernels.symmetric(gram, gram, alpha=each)
+    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=_wide(square))
+    scale, root, rest = bound_scalars(trace, _frobenius(square), each, n)
+    return SpectralBound(scale, root, Square(square, rest))
 
 
-def bound_scalars(norm: Tensor, square_norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The scale of ``spectral_bound``, the weight of its square, and its root, from two norms.
+def bound_scalars(
+    trace: Tensor, norm: Tensor, weight: float | Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale of ``spectral_bound``, its root, and the weight of its square.
 
     Args:
-        norm: ``||R||_F``, ``(batch,)``.
-        square_norm: ``||R^2||_F / ||R||_F``.
+        trace: Of ``weight * R^2``, ``(batch,)``.
+        norm: Its Frobenius norm.
+        weight: A number, or ``(batch,)``.
         n: Rows.
     """
-    norm = norm.clamp_min(TINY)
-    # With eigenvalues in units of the norm: tr R^2 = 1 and tr R^4 = the ratio's square.
-    fourth = (square_norm / norm).square()
+    trace = trace.clamp_min(TINY)
+    # With eigenvalues in units of the norm of R: tr R^2 = 1 and tr R^4 = the ratio's square.
+    fourth = (norm / trace).square()
     variance = (fourth / n - 1 / n**2).clamp_min(0)
     relative = (1 / n + ((n - 1) * variance).sqrt()).sqrt()
-    scale = 1 / (norm * relative)
-    return scale, scale * scale * norm, scale.sqrt()
+    scale = (weight / trace).sqrt() / relative
+    return scale, scale.sqrt(), scale * scale / weight
 
 
 def _frobenius(matrix: Tensor) -> Tensor:
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=_wide(matrix))
     return norms
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)

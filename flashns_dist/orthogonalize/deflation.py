@@ -32,7 +32,7 @@ from torch import Tensor
 from flashns_dist.orthogonalize.bound import spectral_bound
 from flashns_dist.orthogonalize.coefficients import slope
 from flashns_dist.orthogonalize.kernels import small
-from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple, Scalar
+from flashns_dist.orthogonalize.kernels.interface import Kernels, Multiple, Scalar, column
 from flashns_dist.orthogonalize.stages import step_factor
 
 NUM_DIRECTIONS = 64
@@ -116,7 +116,7 @@ def shrink_factors(
     sketch ``X^T Omega`` here, so that ``G = Omega^T X Y`` needs no pass over ``Y``.
 
     Args:
-        kernels: The backend; two fused kernels if it runs Triton.
+        kernels: The backend; one fused kernel if it runs Triton.
         image: ``(batch, k, n)``.
         signs: ``Omega^T``.
         size: ``||X||``.
@@ -138,13 +138,11 @@ def shrink_factors(
     inner = kernels.symmetric(wide, signs.to(wide.dtype).mT.expand(len(wide), -1, -1), alpha=size)
     bound = spectral_bound(kernels, inner)
     factor = step_factor(kernels, inner, BASIS_ROW, bound.scale, bound.square)
-    root = size * bound.root
-    a = kernels.product(
-        factor, wide, alpha=root, c=wide, beta=slope(BASIS_ROW) * root, dtype=image.dtype
-    )
-    wide = a.to(wide.dtype)
-    phi = shrink_weights(kernels.gram(wide, alpha=1 / (MARGIN * size * size))).to(wide.dtype)
-    return a, kernels.product(phi, wide, alpha=1 / (MARGIN * size), dtype=dtype)
+    basis = (factor.double() + _identity(factor) * slope(BASIS_ROW)) * (size * column(bound.root))
+    moments = kernels.gram(wide, alpha=1 / (MARGIN * size * size)).double()
+    phi = shrink_weights(basis @ moments @ basis) @ basis / (MARGIN * size)
+    a = kernels.product(basis.to(wide.dtype), wide, dtype=image.dtype)
+    return a, kernels.product(phi.to(wide.dtype), wide, dtype=dtype)
 
 
 def shrink_weights(inner: Tensor) -> Tensor:
@@ -160,7 +158,7 @@ def shrink_weights(inner: Tensor) -> Tensor:
     matrix = inner.double()
     alpha, beta, gamma, alpha2, beta2, gamma2, alpha3, beta3, _ = SHRINK_ROW
     weight = -1 / slope(SHRINK_ROW)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    identity = _identity(matrix)
     # Each t of the chain is its value at zero plus M times a polynomial: first, second and third.
     first = torch.add(beta * identity, matrix, alpha=alpha)
     value = torch.baddbmm(identity, matrix, first, beta=gamma)
@@ -170,6 +168,10 @@ def shrink_weights(inner: Tensor) -> Tensor:
     value = torch.baddbmm(identity, matrix, second, beta=start)
     half = value.add(identity, alpha=start)
     return torch.baddbmm(identity, second, half, beta=beta3 * weight, alpha=alpha3 * weight)
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
 
 
 def _signs(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:

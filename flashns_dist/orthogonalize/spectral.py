@@ -45,7 +45,7 @@ def unbiased(
     n, m = sorted(x.shape[-2:])
     size = entry_scale(n, m)
     current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
-    return _iterate(kernels, current, coefficients, size, x.dtype, transpose)
+    return _iterate(kernels, current, coefficients, size, None, x.dtype, transpose)
 
 
 def fast(
@@ -70,7 +70,10 @@ def fast(
     else:
         current, _ = kernels.normalize(x, dtype=dtype, transpose=transpose, scale=size)
         current = deflate(kernels, current, size, normalized=True)
-    return _iterate(kernels, current, coefficients, size, x.dtype, transpose)
+    # Gram matrices with a trace of at most n and no eigenvalue above 0.03 n: half precision holds
+    # their squares over sqrt(n), and (from 10,000 rows on) over less without losing digits.
+    weight = min(1 / math.sqrt(n), 2.0**20 / n**2)
+    return _iterate(kernels, current, coefficients, size, weight, x.dtype, transpose)
 
 
 def _iterate(
@@ -78,6 +81,7 @@ def _iterate(
     current: Tensor,  # (8, 1024, 4096)
     coefficients: Coefficients,
     size: float,
+    square_weight: float | None,  # of spectral_bound
     dtype: torch.dtype,
     transpose: bool,
 ) -> Tensor:
@@ -89,7 +93,7 @@ def _iterate(
         last = end == coefficients.num_steps
         rows = coefficients.rows[begin:end]
         if begin == 0:
-            factor, shift, weight = _first_run(kernels, current, rows, size)
+            factor, shift, weight = _first_run(kernels, current, rows, size, square_weight)
         else:
             factor, shift = run_ordered(kernels, kernels.gram(current), rows)
             weight = 1.0
@@ -107,7 +111,11 @@ def _iterate(
 
 
 def _first_run(
-    kernels: Kernels, current: Tensor, rows: tuple[tuple[float, ...], ...], size: float
+    kernels: Kernels,
+    current: Tensor,
+    rows: tuple[tuple[float, ...], ...],
+    size: float,
+    square_weight: float | None,
 ) -> tuple[Tensor, float, Scalar]:
     """As ``run_ordered``, and by how much ``current`` is to be multiplied too.
 
@@ -116,6 +124,6 @@ def _first_run(
     """
     n = current.shape[-2]
     matrix = kernels.gram(current, alpha=n / size**2)
-    bound = spectral_bound(kernels, matrix)
+    bound = spectral_bound(kernels, matrix, square_weight)
     factor, shift = run_ordered(kernels, matrix, rows, Multiple(bound.scale), bound.square)
     return factor, shift, Multiple(bound.root, math.sqrt(n) / size)

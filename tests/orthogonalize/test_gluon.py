@@ -107,7 +107,7 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
     assert not fits(a, b, c, capability=10)
     assert not fits(*operands(2, 192, 192))
     assert not fits(*operands(2, 256, 160))
-    assert not fits(*operands(2, 256, 64))
+    assert fits(*operands(2, 256, 64))
     assert not fits(a, b, c.float())
     assert not fits(a, b.bfloat16(), c)
     assert not fits(a, b, c.mT)
@@ -175,7 +175,7 @@ def test_whether_a_tensor_is_both_factors_decides_what_is_launched(monkeypatch):
 )
 @pytest.mark.parametrize(
     ("batch", "n", "k", "programs"),
-    [(1, 32, 64, 2), (2, 64, 128, 3), (2, 96, 32, 2), (1, 160, 144, 4)],
+    [(1, 32, 64, 2), (2, 64, 128, 3), (2, 96, 32, 2), (3, 96, 16, 2), (1, 160, 144, 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_its_source_run_in_python_computes_the_product(batch, n, k, programs, dtype, late):
@@ -241,8 +241,8 @@ def test_only_products_of_whole_tiles_fit(monkeypatch):
     assert not fits(capability=10)
     assert not fits(n=192)
     assert not fits(m=384)
+    assert fits(k=64)
     assert not fits(k=160)
-    assert not fits(k=64)
     assert not fits(out=torch.float32)
     assert not fits(x=torch.bfloat16)
     assert not fits(swap="c")
@@ -282,7 +282,13 @@ def test_the_product_is_the_default_where_the_last_round_is_nearly_full():
 @pytest.mark.parametrize("late", [(False,) * 3, (True,) * 3, (True, False, False)])
 @pytest.mark.parametrize(
     ("batch", "n", "m", "k", "programs"),
-    [(1, 32, 64, 32, 2), (2, 64, 128, 144, 3), (3, 96, 64, 80, 2), (2, 64, 64, 64, 1)],
+    [
+        (1, 32, 64, 32, 2),
+        (2, 64, 128, 144, 3),
+        (3, 96, 64, 80, 2),
+        (2, 64, 64, 64, 1),
+        (3, 64, 128, 16, 2),
+    ],
 )
 def test_the_source_of_the_product_run_in_python_computes_it(batch, n, m, k, programs, late):
     def random(*shape):
@@ -332,7 +338,7 @@ class TestOnHopper:
     @pytest.mark.parametrize(
         ("batch", "n", "k"),
         [(1, 128, 128), (2, 256, 192), (3, 384, 1024), (40, 640, 320), (7, 1152, 448),
-         (5, 2048, 512), (150, 768, 256)],
+         (5, 2048, 512), (150, 768, 256), (40, 512, 64)],
     )  # fmt: skip
     def test_its_bits_are_those_of_the_other_kernels(self, batch, n, k, dtype):
         generator = torch.Generator("cuda").manual_seed(n)
@@ -431,7 +437,7 @@ class TestOnHopper:
     @pytest.mark.parametrize(
         ("batch", "n", "m", "k"),
         [(1, 128, 256, 128), (2, 256, 256, 256), (3, 384, 1024, 320), (40, 640, 512, 640),
-         (5, 2048, 2048, 2048), (70, 768, 768, 256)],
+         (5, 2048, 2048, 2048), (70, 768, 768, 256), (30, 768, 1024, 64)],
     )  # fmt: skip
     def test_the_bits_of_its_products_are_those_of_the_other_kernels(self, batch, n, m, k, dtype):
         generator = torch.Generator("cuda").manual_seed(n)

@@ -70,34 +70,38 @@ def test_shrink_factors_are_those_of_the_separate_operations(backends, dtype, n,
     assert torch.equal(results[0][0][-1], torch.zeros_like(results[0][0][-1]))
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("n", [1, 96, 130, 300])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norms_and_bound_scalars_are_those_of_the_separate_operations(n, dtype):
+def test_norms_and_bound_scalars_are_those_of_the_separate_operations(n, dtype, each):
     x = torch.randn(4, n, n, generator=torch.Generator().manual_seed(n))
-    matrix = (x @ x.mT / n * torch.tensor([3.0, 1e-3, 0.0, 200.0])[:, None, None]).to(dtype)
+    matrix = (x @ x.mT / n * torch.tensor([3.0, 1e-2, 0.0, 20.0])[:, None, None]).to(dtype)
     matrix = matrix.to(DEVICE)
     exact = torch.linalg.vector_norm(matrix.double(), dim=(1, 2)).float()
-    norm, inverse = small.symmetric_norms(matrix)
-    assert torch.allclose(norm, exact, rtol=1e-5)
+    inverse = small.inverse_norms(matrix)
     assert torch.allclose(inverse, 1 / exact.clamp_min(1e-12), rtol=1e-5)
-    square = (matrix.double() @ matrix.double() * inverse[:, None, None].double()).to(dtype)
-    square_norm = torch.linalg.vector_norm(square.double(), dim=(1, 2)).float()
-    for found, expected in zip(
-        small.bound_scalars(norm, square), bound_scalars(norm, square_norm, n), strict=True
-    ):
-        assert torch.allclose(found, expected, rtol=1e-4 if n > 1 else 1e-2)
+    weight = inverse if each else 0.25
+    factor = inverse[:, None, None].double() if each else 0.25
+    square = (matrix.double() @ matrix.double() * factor).to(dtype)
+    trace = square.double().diagonal(dim1=1, dim2=2).sum(1)
+    norm = torch.linalg.vector_norm(square.double(), dim=(1, 2))
+    expected = bound_scalars(trace, norm, weight.double() if each else weight, n)
+    for found, exact in zip(small.bound_scalars(square, weight), expected, strict=True):
+        assert torch.allclose(found.double(), exact, rtol=1e-4 if n > 1 else 1e-2)
         assert torch.isfinite(found).all()
-    matrix[1, 0, 0] = float("nan")
-    spoiled, _ = small.symmetric_norms(matrix)
-    assert spoiled[1].isnan()
-    assert torch.equal(spoiled[[0, 2, 3]], norm[[0, 2, 3]])
+    clean = torch.stack((inverse, *small.bound_scalars(square, weight)))
+    matrix[1, 0, 0] = square[1, 0, 0] = float("nan")
+    spoiled = torch.stack((small.inverse_norms(matrix), *small.bound_scalars(square, weight)))
+    assert spoiled[:, 1].isnan().all()
+    assert torch.equal(spoiled[:, [0, 2, 3]], clean[:, [0, 2, 3]])
 
 
+@pytest.mark.parametrize("weight", [None, 130**-0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_bound_is_that_of_the_separate_operations(backends, dtype):
+def test_the_bound_is_that_of_the_separate_operations(backends, dtype, weight):
     x = torch.stack([spectra(130, 2)[name] for name in NAMES])
     gram = (x @ x.mT * (130 / x.square().sum((1, 2)))[:, None, None]).to(dtype).to(DEVICE)
-    bound, reference = (spectral_bound(k, gram) for k in backends)
+    bound, reference = (spectral_bound(k, gram, weight) for k in backends)
     eps = torch.finfo(dtype).eps
     assert torch.allclose(bound.scale, reference.scale, rtol=4 * eps)
     assert torch.equal(bound.root, bound.scale.double().sqrt().float())

@@ -133,10 +133,12 @@ def small(kernel, arch, constants, warps=4, stages=3, **types):
 
 def smalls(arch):
     fp32 = "*fp32"
-    yield small(small_triton.squares_kernel, arch, {"TILE": 128}, 8, matrix="*fp16", sums=fp32)
-    yield small(small_triton.norm_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32, inverse=fp32)
-    yield small(small_triton.bound_scalars_kernel, arch, {"BLOCK": 64}, sums=fp32, norm=fp32,
-        scale=fp32, weight=fp32, root=fp32)
+    yield small(small_triton.squares_kernel, arch, {"TILE": 64}, matrix="*fp16", sums=fp32)
+    yield small(small_triton.inverse_norm_kernel, arch, {"BLOCK": 64}, sums=fp32, inverse=fp32)
+    for weight in (fp32, "fp32"):
+        constants = {"WEIGHT_EACH": weight == fp32, "BLOCK": 64}
+        yield small(small_triton.bound_scalars_kernel, arch, constants, sums=fp32, scale=fp32,
+            root=fp32, rest=fp32, weight=weight)
     sketch = {"X_SWAPPED": False, "ROWS": 64, "BLOCK": 128, "BLOCK_K": 64, "TMA": False}
     sums = {"raw": "*bf16", "sums": fp32, "levels": "*i32"}
     yield small(sketch_kernel, arch, sketch | {"stride_xc": 1}, signs="*bf16", x="*bf16", **sums)
@@ -156,12 +158,10 @@ def smalls(arch):
         yield small(combine_kernel, arch, constants, **pieces)
     yield small(scale_columns_kernel, arch, {"BLOCK_N": 32, "BLOCK_M": 128, "stride_ac": 1},
         a="*fp16", scale=fp32, out="*fp16")
-    shape = {"K": 64, "BLOCK": 64, "PRECISION": "tf32x3"}
-    half = {"image": "*bf16", "signs": "*bf16", "a": "*bf16", "size": "fp32"}
-    yield small(small_triton.shrink_basis_kernel, arch, shape | {"ROW": BASIS_ROW}, 4, 4, **half)
-    shape |= {"ROW": SHRINK_ROW, "WEIGHT": 1.0}
-    yield small(small_triton.shrink_weights_kernel, arch, shape, 4, 4, a="*bf16", weights="*fp16",
-        size="fp32", margin="fp32")
+    shape = {"K": 64, "BLOCK": 64, "PRECISION": "bf16x3"}
+    rows = {"BASIS_ROW": BASIS_ROW, "SHRINK_ROW": SHRINK_ROW, "WEIGHT": 1.0}
+    yield small(small_triton.shrink_kernel, arch, shape | rows, 4, 4, image="*bf16", signs="*bf16",
+        a="*bf16", weights="*fp16", size="fp32", margin="fp32")
 
 hopper = [symmetric(c, True, 90) for c in configs.SYMMETRIC_TMA]
 hopper += [product(c, True, 90, True) for c in configs.PRODUCT_TMA]

@@ -82,7 +82,7 @@ def _fits(
     capability: int,
 ) -> bool:
     k = a.shape[2]
-    if capability != 9 or rest or k % SPECIALIZED.depth or k < 2 * SPECIALIZED.depth:
+    if capability != 9 or rest or k % SPECIALIZED.depth:
         return False
     added = [t for t in others if t is not None]
     if any(t.dtype != a.dtype for t in factors) or any(t.itemsize != 2 for t in added):

@@ -138,7 +138,7 @@ def product_kernel(
     shift,  # fp32
     n,  # a multiple of BLOCK
     m,  # a multiple of 2 * BLOCK
-    k,  # a multiple of BLOCK_K, at least twice that
+    k,  # a multiple of BLOCK_K
     num_matrices,
     HAS_C: gl.constexpr,
     SHIFTED: gl.constexpr,

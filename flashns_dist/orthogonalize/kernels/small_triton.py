@@ -38,65 +38,40 @@ def _relative_bound(fourth, rows):
     return tl.sqrt(1.0 / rows + tl.sqrt((rows - 1.0) * variance))
 
 
-@triton.jit
-def _inner(left, right, base, right_base, n, K: tl.constexpr, BLOCK: tl.constexpr):
-    """``left right^T`` of two ``(K, n)`` matrices, in fp32."""
-    rows = tl.arange(0, K)[:, None].to(tl.int64) * n
-    total = tl.zeros((K, K), dtype=tl.float32)
-    for start in tl.range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        offsets, mask = rows + cols[None, :], cols[None, :] < n
-        block = tl.load(left + base + offsets, mask=mask, other=0.0)
-        other = tl.load(right + right_base + offsets, mask=mask, other=0.0)
-        total = tl.dot(block, other.T, total)
-    return total
-
-
-@triton.jit
-def _multiply_chunks(
-    factor,
-    source,
-    target,
-    base,
-    n,
-    chunks,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """This program's ``chunks`` blocks of columns of ``factor source``."""
-    rows = tl.arange(0, K)[:, None].to(tl.int64) * n
-    for chunk in tl.range(0, chunks):
-        cols = (tl.program_id(1) * chunks + chunk) * BLOCK + tl.arange(0, BLOCK)
-        offsets, mask = rows + cols[None, :], cols[None, :] < n
-        block = tl.load(source + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        block = tl.dot(factor, block, input_precision=PRECISION)
-        tl.store(target + base + offsets, block.to(target.dtype.element_ty), mask=mask)
-
-
-# Both kernels below run one program per matrix and ``chunks`` blocks of columns. Each program
-# computes the K x K matrices anew, which takes less time than waiting for another that does.
-# ``chunks`` depends on the batch: compiled once for all, so that bits do not.
-
-
+# One program per matrix and ``chunks`` blocks of columns. Each program computes the K x K matrices
+# anew, which takes less time than waiting for another that does. ``chunks`` depends on the batch:
+# compiled once for all, so that bits do not.
 @triton.jit(do_not_specialize=["chunks"])
-def shrink_basis_kernel(
+def shrink_kernel(
     image,  # (batch, K, n), contiguous
     signs,  # (K, n), contiguous
     a,  # (batch, K, n), contiguous
+    weights,  # (batch, K, n), contiguous
     n,
     chunks,
     size,
-    ROW: tl.constexpr,  # nine numbers
+    margin,
+    BASIS_ROW: tl.constexpr,  # nine numbers
+    SHRINK_ROW: tl.constexpr,  # nine numbers
+    WEIGHT: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first result of ``deflation.shrink_factors``."""
+    """``deflation.shrink_factors``."""
     base = tl.program_id(0).to(tl.int64) * K * n
+    rows = tl.arange(0, K)[:, None].to(tl.int64) * n
+    inner = tl.zeros((K, K), dtype=tl.float32)
+    moments = tl.zeros((K, K), dtype=tl.float32)
+    for start in tl.range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(image + base + offsets, mask=mask, other=0.0)
+        other = tl.load(signs + offsets, mask=mask, other=0.0)
+        inner = tl.dot(block, other.T, inner)
+        moments = tl.dot(block, block.T, moments)
     r = tl.arange(0, K)
     identity = (r[:, None] == r[None, :]).to(tl.float32)
-    inner = _inner(image, signs, base, 0, n, K, BLOCK)
     inner = (inner + inner.T) * (0.5 * size)
     norm = tl.sqrt(tl.sum(tl.sum(inner * inner, axis=1), axis=0))
     norm = tl.where(norm < 1e-12, 1e-12, norm)
@@ -104,46 +79,35 @@ def shrink_basis_kernel(
     square = tl.dot(inner, inner, input_precision=PRECISION)
     fourth = tl.sum(tl.sum(square * square, axis=1), axis=0)
     scale = 1.0 / _relative_bound(fourth, K)
-    factor = _chain(inner * scale, square * (scale * scale), identity, ROW, PRECISION)
-    factor = factor * (size * tl.sqrt(scale / norm))
-    _multiply_chunks(factor, image, a, base, n, chunks, K, BLOCK, PRECISION)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def shrink_weights_kernel(
-    a,  # (batch, K, n), contiguous
-    weights,  # (batch, K, n), contiguous
-    n,
-    chunks,
-    size,
-    margin,
-    ROW: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The second result of ``deflation.shrink_factors``, from the first."""
-    base = tl.program_id(0).to(tl.int64) * K * n
-    r = tl.arange(0, K)
-    identity = (r[:, None] == r[None, :]).to(tl.float32)
-    inner = _inner(a, a, base, base, n, K, BLOCK) * (1.0 / (margin * size * size))
-    phi = _shrink(inner, identity, ROW, WEIGHT, PRECISION) * (1.0 / (margin * size))
-    _multiply_chunks(phi, a, weights, base, n, chunks, K, BLOCK, PRECISION)
+    basis = _chain(inner * scale, square * (scale * scale), identity, BASIS_ROW, PRECISION)
+    basis = basis * (size * tl.sqrt(scale / norm))
+    moments = tl.dot(basis, moments * (1.0 / (margin * size * size)), input_precision=PRECISION)
+    moments = tl.dot(moments, basis, input_precision=PRECISION)
+    phi = _shrink(moments, identity, SHRINK_ROW, WEIGHT, PRECISION)
+    phi = tl.dot(phi, basis * (1.0 / (margin * size)), input_precision=PRECISION)
+    for chunk in tl.range(0, chunks):
+        cols = (tl.program_id(1) * chunks + chunk) * BLOCK + tl.arange(0, BLOCK)
+        offsets, mask = rows + cols[None, :], cols[None, :] < n
+        block = tl.load(image + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        first = tl.dot(basis, block, input_precision=PRECISION)
+        second = tl.dot(phi, block, input_precision=PRECISION)
+        tl.store(a + base + offsets, first.to(a.dtype.element_ty), mask=mask)
+        tl.store(weights + base + offsets, second.to(weights.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def squares_kernel(
     matrix,  # (batch, n, n), contiguous and symmetric
-    sums,  # (batch, tiles) fp32
+    sums,  # (batch, 2, tiles) fp32
     n,
     TILE: tl.constexpr,
 ):
-    """The sum of squares of one tile of the lower triangle, and of its mirror image.
+    """Sums of one tile of the lower triangle; see ``small._sums``.
 
     Starts with what was written last: it is still in L2.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tiles = tl.num_programs(0)
+    tile = tiles - 1 - tl.program_id(0)
     batch = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     row = triangle_row(tile)
     col = tile - row * (row + 1) // 2
@@ -152,57 +116,58 @@ def squares_kernel(
     mask = (r[:, None] < n) & (c[None, :] < n)
     offsets = batch * n * n + r[:, None].to(tl.int64) * n + c[None, :]
     values = tl.load(matrix + offsets, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(tl.sum(values * values, axis=1), axis=0)
-    total = tl.where(row == col, total, 2.0 * total)
-    tl.store(sums + batch * tl.num_programs(0) + tile, total)
+    squares = tl.sum(tl.sum(values * values, axis=1), axis=0)
+    squares = tl.where(row == col, squares, 2.0 * squares)
+    diagonal = tl.sum(tl.sum(tl.where(r[:, None] == c[None, :], values, 0.0), axis=1), axis=0)
+    tl.store(sums + batch * 2 * tiles + tile, squares)
+    tl.store(sums + (batch * 2 + 1) * tiles + tile, diagonal)
 
 
 @triton.jit
-def _norm(sums, tiles, BLOCK: tl.constexpr):
-    """The root of the sum of this program's row of partial sums."""
+def _total(sums, row, tiles, BLOCK: tl.constexpr):
+    """The sum of a row of partial sums."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in tl.range(0, tiles, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        row = tl.program_id(0).to(tl.int64) * tiles
-        total += tl.load(sums + row + index, mask=index < tiles, other=0.0)
-    return tl.sqrt(tl.sum(total, axis=0))
+        total += tl.load(sums + row.to(tl.int64) * tiles + index, mask=index < tiles, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
-def norm_kernel(
-    sums,  # (batch, tiles) fp32
-    norm,  # (batch,) fp32
+def inverse_norm_kernel(
+    sums,  # (batch, 2, tiles) fp32
     inverse,  # (batch,) fp32
     tiles,
     BLOCK: tl.constexpr,
 ):
-    """``small.symmetric_norms`` from sums of squares."""
+    """``small.inverse_norms`` from the sums of ``squares_kernel``."""
     batch = tl.program_id(0)
-    f = _norm(sums, tiles, BLOCK)
-    tl.store(norm + batch, f)
+    norm = tl.sqrt(_total(sums, 2 * batch, tiles, BLOCK))
     # No maximum: it would drop a NaN.
-    tl.store(inverse + batch, 1.0 / tl.where(f < 1e-12, 1e-12, f))
+    tl.store(inverse + batch, 1.0 / tl.where(norm < 1e-12, 1e-12, norm))
 
 
 @triton.jit
 def bound_scalars_kernel(
-    norm,  # (batch,) fp32
-    sums,  # (batch, tiles) fp32
+    sums,  # (batch, 2, tiles) fp32
     scale,  # (batch,) fp32
-    weight,  # (batch,) fp32
     root,  # (batch,) fp32
+    rest,  # (batch,) fp32
+    weight,  # fp32, or pointer to one per matrix
     n,
     tiles,
+    WEIGHT_EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``bound.bound_scalars`` of one matrix."""
     batch = tl.program_id(0)
-    f = tl.load(norm + batch)
+    factor = tl.load(weight + batch) if WEIGHT_EACH else weight
+    trace = _total(sums, 2 * batch + 1, tiles, BLOCK)
     # No maximum here either.
-    f = tl.where(f < 1e-12, 1e-12, f)
-    ratio = _norm(sums, tiles, BLOCK) / f
+    trace = tl.where(trace < 1e-12, 1e-12, trace)
+    fourth = _total(sums, 2 * batch, tiles, BLOCK) / (trace * trace)
     # The compiler makes a constant of 1, an integer.
-    inverse = 1.0 / (f * _relative_bound(ratio * ratio, n * 1.0))
+    inverse = tl.sqrt(factor / trace) / _relative_bound(fourth, n * 1.0)
     tl.store(scale + batch, inverse)
-    tl.store(weight + batch, inverse * inverse * f)
     tl.store(root + batch, tl.sqrt_rn(inverse))
+    tl.store(rest + batch, inverse * inverse / factor)

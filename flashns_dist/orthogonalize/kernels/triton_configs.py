@@ -80,6 +80,7 @@ PRODUCT_SHALLOW = (
     TileConfig(64, 128, 64, 4, 1, backwards=True),
     TileConfig(64, 256, 64, 4, 1, backwards=True),
 )
+PRODUCT_SHALLOW_HOPPER = (SPECIALIZED, *PRODUCT_SHALLOW)
 # With plain pointers (other devices, and strides that descriptors cannot express). No depth of 32:
 # with odd strides the symmetric product of 128 x 128 x 32 and 4 warps came out wrong on the H200 at
 # (5, 129, 131), float16 and bfloat16, while every depth of 64 was right. Why is not known: the PTX
@@ -114,7 +115,7 @@ def product_configs(
     if not tma:
         return PRODUCT_POINTER
     if k <= 64:
-        return PRODUCT_SHALLOW
+        return PRODUCT_SHALLOW_HOPPER if specialized else PRODUCT_SHALLOW
     if n <= 64:
         return PRODUCT_FLAT
     if m <= 64:
@@ -152,10 +153,9 @@ def default_product(
     (2, 1536, 7168), with 5.1 rounds. Of the others the last, a small tile, if the first would leave
     SMs idle. With descriptors the second, twice as wide, from n = 2048 on: 16 % faster than the
     first at (16, 2048, 2048), and slower by 1 % at n = 1024. The first of those that only move
-    memory.
+    memory (of sums of 64 after the specialized one, which took 91 to 100 % of its time at seven
+    shapes).
     """
-    if configs in (PRODUCT_FLAT, PRODUCT_NARROW, PRODUCT_SHALLOW):
-        return configs[0]
 
     def programs(config: TileConfig) -> int:
         return batch * -(-n // config.rows) * -(-m // config.cols)
@@ -165,6 +165,8 @@ def default_product(
         if -(-tiles // num_sms) * num_sms <= MAX_IDLE * tiles:
             return configs[0]
         configs = configs[1:]
+    if configs in (PRODUCT_FLAT, PRODUCT_NARROW, PRODUCT_SHALLOW):
+        return configs[0]
     if programs(configs[0]) < num_sms:
         return configs[-1]
     wide = configs == PRODUCT_TMA and n >= 2048 and m >= configs[1].cols
