@@ -33,6 +33,7 @@ from flashns_dist.orthogonalize.kernels.triton_configs import (
     PRODUCT_HOPPER,
     PRODUCT_NARROW,
     PRODUCT_SHALLOW,
+    PRODUCT_SHALLOW_HOPPER,
     PRODUCT_TMA,
     SYMMETRIC_HOPPER,
     SYMMETRIC_TMA,
@@ -281,10 +282,14 @@ def _deflation(bench: Bench, batch: int, n: int, m: int) -> None:
     def terms(kernels: Kernels) -> Tensor:
         return kernels.product(weights.mT, half, alpha=-1.0, c=x, beta=each, dtype=torch.float16)
 
+    fits = fits_product(
+        weights.mT, half, x, x, transpose=False, shifted=False, capability=_capability()
+    )
+    shallow = PRODUCT_SHALLOW_HOPPER if fits else PRODUCT_SHALLOW
     for name, call, configs, passes in (
         ("64 rows", rows, PRODUCT_FLAT, 1),
         ("64 columns", columns, PRODUCT_NARROW, 1),
-        ("64 terms", terms, PRODUCT_SHALLOW, 2),
+        ("64 terms", terms, shallow, 2),
     ):
         calls = {
             config.label(): partial(call, TritonKernels(config=config))
