@@ -22,7 +22,7 @@ class CostModel:
     Attributes:
         cube_flops, wide_flops: FLOPs of one orthogonalization are
             ``cube_flops n^3 + wide_flops n^2 m`` for the short side n and the long side m; the
-            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 11 %, but for
+            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 15 %, but for
             512 x 2048, a quarter less, and 512 x 32768, which moves memory for longer than that.
         flops_per_second: Rate reached on large matrices.
         half_rate_size: Short side at which half of that rate is reached.

@@ -107,7 +107,7 @@ def test_only_what_whole_tiles_cover_and_descriptors_reach_fits(monkeypatch):
     assert not fits(a, b, c, capability=10)
     assert not fits(*operands(2, 192, 192))
     assert not fits(*operands(2, 256, 160))
-    assert fits(*operands(2, 256, 64))
+    assert not fits(*operands(2, 256, 64))
     assert not fits(a, b, c.float())
     assert not fits(a, b.bfloat16(), c)
     assert not fits(a, b, c.mT)
@@ -338,7 +338,7 @@ class TestOnHopper:
     @pytest.mark.parametrize(
         ("batch", "n", "k"),
         [(1, 128, 128), (2, 256, 192), (3, 384, 1024), (40, 640, 320), (7, 1152, 448),
-         (5, 2048, 512), (150, 768, 256), (40, 512, 64)],
+         (5, 2048, 512), (150, 768, 256)],
     )  # fmt: skip
     def test_its_bits_are_those_of_the_other_kernels(self, batch, n, k, dtype):
         generator = torch.Generator("cuda").manual_seed(n)

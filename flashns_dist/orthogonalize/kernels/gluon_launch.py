@@ -43,8 +43,10 @@ def fits_symmetric(
 
     On Hopper, for matrices that whole tiles cover and that lie one after the other.
     """
-    batch, n, _ = a.shape
+    batch, n, k = a.shape
     if b.shape != a.shape or out.shape != (batch, n, n):
+        return False
+    if k < 2 * SPECIALIZED.depth:  # no method has such a sum, and no GPU has run one
         return False
     if c is not None and c.shape != out.shape:
         return False

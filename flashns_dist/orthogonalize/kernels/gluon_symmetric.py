@@ -251,7 +251,7 @@ def symmetric_kernel(
     beta_factor,
     gamma_factor,
     n,  # a multiple of BLOCK
-    k,  # a multiple of BLOCK_K
+    k,  # a multiple of BLOCK_K, at least twice that
     num_matrices,
     HAS_C: gl.constexpr,
     ALPHA_EACH: gl.constexpr,
