@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,6 @@ from flashns_dist.optim.agreement import Verdict, agree_on_gradients
 from flashns_dist.optim.auxiliary import step_auxiliary
 from flashns_dist.optim.binding import (
     BoundParameter,
-    bind_parameter,
     check_view_names,
     full_shape,
     on_device_of,
@@ -29,6 +27,7 @@ from flashns_dist.optim.binding import (
 from flashns_dist.optim.graph import GraphedStep, capture_problem
 from flashns_dist.optim.learning_rate import AdjustLr
 from flashns_dist.optim.members import (
+    bound_members,
     complete_state,
     make_state,
     named_members,
@@ -250,12 +249,7 @@ class FlashMuon(Optimizer):
             self._bound = self._adapter()
         else:
             renew_state(self.state, self.param_groups)
-            replica_group = self._replica_group()
-            self._bound = [
-                self._bind_parameter(name, param, index, replica_group)
-                for index in range(len(self.param_groups))
-                for name, param in self._named(index)
-            ]
+            self._bound = bound_members(self.param_groups, self._replica_group())
         self._setup = Setup(
             self._bound,
             lambda: self.param_groups,
@@ -265,17 +259,6 @@ class FlashMuon(Optimizer):
             has_adapter=self._adapter is not None,
         )
         self._early.bind(self, self._bound, self._setup.matrices)
-
-    def _bind_parameter(
-        self, name: str, param: Tensor, index: int, replica_group: dist.ProcessGroup | None
-    ) -> BoundParameter:
-        """Bind one; a view that was set since and does not fit is every rank's error later."""
-        try:
-            blocks = parameter_blocks(name, param.shape, self.param_groups[index])
-        except ValueError as error:
-            bound = bind_parameter(name, param, index, replica_group)
-            return replace(bound, problem=str(error))
-        return bind_parameter(name, param, index, replica_group, blocks)
 
     def _replica_group(self) -> dist.ProcessGroup | None:
         group = self.exchange_options.replica_group

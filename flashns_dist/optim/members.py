@@ -1,13 +1,21 @@
-"""The parameters of an optimizer's groups: their names, and the state that each of them has."""
+"""The parameters of an optimizer's groups: their names, where they lie, and their state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch.distributed as dist
 from torch import Tensor
 
-from flashns_dist.optim.binding import full_shape, parameter_blocks
+from flashns_dist.layout import Block
+from flashns_dist.optim.binding import (
+    BoundParameter,
+    bind_parameter,
+    full_shape,
+    parameter_blocks,
+)
 from flashns_dist.optim.settings import init_state, state_names
 
 Groups: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -30,6 +38,26 @@ def named_members(groups: Groups, index: int) -> list[tuple[str, Tensor]]:
             "param_names; change both lists, or neither"
         )
     return list(zip(names, group["params"], strict=True))
+
+
+def bound_members(groups: Groups, replica_group: dist.ProcessGroup | None) -> list[BoundParameter]:
+    """Where the parameters of all groups lie, in order.
+
+    A matrix view that was set since they were added and does not fit is every rank's error later.
+    Collectives: as ``bind_parameter``.
+    """
+    found = []
+    for index, group in enumerate(groups):
+        for name, param in named_members(groups, index):
+            blocks: tuple[Block, ...] = ()
+            problem = None
+            try:
+                blocks = parameter_blocks(name, param.shape, group)
+            except ValueError as error:
+                problem = str(error)
+            bound = bind_parameter(name, param, index, replica_group, blocks)
+            found.append(bound if problem is None else replace(bound, problem=problem))
+    return found
 
 
 def make_state(state: State, named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any]) -> None:

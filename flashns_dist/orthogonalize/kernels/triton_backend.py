@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from flashns_dist.orthogonalize.kernels import gluon_launch
 from flashns_dist.orthogonalize.kernels.interface import Scalar, is_number
 from flashns_dist.orthogonalize.kernels.strides import described
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels
+from flashns_dist.orthogonalize.kernels.triton_choice import chosen_launch
 from flashns_dist.orthogonalize.kernels.triton_configs import (
     TileConfig,
     default_product,
@@ -46,12 +45,7 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     arguments,
     key_and_values,
 )
-from flashns_dist.orthogonalize.kernels.tuning import (
-    TuningCache,
-    batch_bucket,
-    fastest,
-    tuning_requested,
-)
+from flashns_dist.orthogonalize.kernels.tuning import TuningCache
 
 if interpreting():
     repair()
@@ -462,30 +456,13 @@ class TritonKernels:
         size: tuple[int, ...],
         tma: bool,
     ) -> Launch:
-        """With the configuration forced, known, measured now, or default: in this order."""
         if self._config is not None:
             return launch(self._config)
         if len(configs) == 1 or a.device.type != "cuda":
             return launch(default())
-        device = device_facts(a.get_device())[0]
         access = "tma" if tma else "pointer"
-        problem = (
-            f"triton-{triton.__version__}-{kernel}-{access}-{'x'.join(map(str, size))}"
-            f"-b{batch_bucket(a.shape[0])}-{str(a.dtype)[6:]}-{device}"
-        )
-        labels = {config.label(): config for config in configs}
-        known = labels.get(str(self._cache.lookup(problem)))
-        if known is not None:
-            return launch(known)
-        wanted = tuning_requested() if self._tune is None else self._tune
-        if not wanted:
-            return launch(default())
-        if torch.cuda.is_current_stream_capturing():
-            return replace(launch(default()), settled=False)
-        candidates = [(name, _bind(launch, config)) for name, config in labels.items()]
-        best, seconds = fastest(candidates)
-        self._cache.store(problem, configs[best].label(), seconds)
-        return launch(configs[best])
+        problem = f"{kernel}-{access}-{'x'.join(map(str, size))}"
+        return chosen_launch(self._cache, self._tune, problem, configs, default, launch, a)
 
 
 def _takes(config: TileConfig, specialized: bool) -> bool:
@@ -493,10 +470,6 @@ def _takes(config: TileConfig, specialized: bool) -> bool:
     if config.specialized and not specialized:
         raise ValueError(f"{config.label()} does not take this product.")
     return config.specialized
-
-
-def _bind(launch: Callable[[TileConfig], Launch], config: TileConfig) -> Callable[[], object]:
-    return lambda: launch(config).run()
 
 
 def _check_dtype(operation: str, dtype: torch.dtype) -> None:
