@@ -22,7 +22,7 @@ class CostModel:
     Attributes:
         cube_flops, wide_flops: FLOPs of one orthogonalization are
             ``cube_flops n^3 + wide_flops n^2 m`` for the short side n and the long side m; the
-            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 15 %, but for
+            defaults fit what ``auto`` takes on the shapes of docs/benchmarks within 12 %, but for
             512 x 2048, a quarter less, and 512 x 32768, which moves memory for longer than that.
         flops_per_second: Rate reached on large matrices.
         half_rate_size: Short side at which half of that rate is reached.
@@ -47,7 +47,7 @@ class CostModel:
 
     cube_flops: float = 9.5
     wide_flops: float = 5.0
-    flops_per_second: float = 790e12
+    flops_per_second: float = 815e12
     half_rate_size: float = 512.0
     matrix_seconds: float = 2e-6
     stack_seconds: float = 100e-6

@@ -56,7 +56,7 @@ _NAMES = (
     (r"update|decay", "update"),
     (
         r"gemm|nvjet|cutlass|xmma|wgmma|symmetric_kernel|product_kernel|gram|shrink|bound_scalars|"
-        r"partial_norms|inverse_norms|sketch|^squares_kernel|^norm_kernel|scale_|normalize|"
+        r"partial_norms|inverse_norms?_|sketch|^squares_kernel|scale_|normalize|"
         r"combine_kernel|ns_line",
         "orthogonalize",
     ),

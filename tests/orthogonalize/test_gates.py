@@ -94,6 +94,23 @@ def test_as_many_equal_singular_values_as_fast_shrinks_pass_the_gates(n, aspect,
             assert error <= MAX_RATIO * orthogonality_error(reference, exact), name
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 13, 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["fast", "unbiased"])
+def test_tiny_matrices_of_nearly_rank_one_stay_bounded(method, dtype, n):
+    generator = torch.Generator().manual_seed(n)
+
+    def random():
+        return torch.randn(150, n, n, generator=generator, dtype=torch.float64)
+
+    values = torch.full((n,), 0.005, dtype=torch.float64)
+    values[0] = 1.0
+    x = torch.linalg.qr(random())[0] * values @ torch.linalg.qr(random())[0]
+    for batch in (x, random()):
+        result = orthogonalize(batch.float(), method=method, dtype=dtype)
+        assert torch.linalg.matrix_norm(result.double(), 2).max() <= MAX_SIGMA
+
+
 @pytest.mark.parametrize("method", ["fast", "unbiased"])
 def test_the_mean_error_is_below_that_of_gram(method):
     for n, aspect in ((128, 1), (192, 2)):

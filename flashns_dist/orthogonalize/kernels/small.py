@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -149,7 +150,12 @@ def _precision(t: Tensor) -> str:
     """
     if not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] < 8:
         return "ieee"
+    return "bf16x3" if "bf16x3" in _precisions() else "tf32x3"
+
+
+@cache
+def _precisions() -> tuple[str, ...]:
+    """What Triton offers for products of fp32 on NVIDIA GPUs."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
-    offered = getattr(CUDAOptions, "allowed_dot_input_precisions", ())
-    return "bf16x3" if "bf16x3" in offered else "tf32x3"
+    return tuple(getattr(CUDAOptions, "allowed_dot_input_precisions", ()))
