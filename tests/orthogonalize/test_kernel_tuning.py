@@ -111,6 +111,23 @@ def test_a_clock_that_changes_while_candidates_are_measured_does_not_choose(monk
     assert best == 0
 
 
+def test_turns_go_forwards_and_backwards(monkeypatch):
+    turns = []
+    monkeypatch.setattr(tuning, "warm_up", lambda call: None)
+    monkeypatch.setattr(tuning, "measure", lambda call: turns.append(call()) or 1.0)
+    fastest([(name, lambda name=name: name) for name in "abc"], rounds=2)
+    assert "".join(turns) == "abccbaabc"
+
+
+def test_another_candidate_has_to_gain_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr(tuning, "warm_up", lambda call: None)
+    monkeypatch.setattr(tuning, "measure", lambda call: call())
+    candidates = [("first", lambda: 1.0), ("second", lambda: 0.97)]
+    assert fastest(candidates)[0] == 1
+    assert fastest(candidates, advantage=0.05)[0] == 0
+    assert fastest([("first", lambda: 1.0), ("second", lambda: 0.9)], advantage=0.05)[0] == 1
+
+
 class Named(TorchKernels):
     """torch's products, noting that they were asked for."""
 
@@ -146,7 +163,7 @@ def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
     backends, log = members
     order = []
 
-    def measured(candidates):
+    def measured(candidates, **_):
         names = [name for name, _ in candidates]
         order.append(names)
         return names.index("quack"), dict.fromkeys(names, 1.0)
@@ -166,6 +183,19 @@ def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
     again.gram(x.float())  # never measured: the first member's
     again.gram(x, alpha=torch.ones(2))
     assert log == ["quack", "triton", "triton"]
+
+
+def test_a_product_with_an_identity_is_a_problem_of_its_own(members, tmp_path, monkeypatch):
+    # quack hands such products on: what is measured for them says nothing about the others.
+    backends, log = members
+    choices = iter((1, 0))  # quack, then triton; torch is no candidate
+    monkeypatch.setattr(select, "fastest", lambda found, **_: (next(choices), {}))
+    kernels = SelectedKernels(backends, tune=True, cache=TuningCache(tmp_path))
+    x = torch.randn(2, 4, 4).half()
+    for gamma in (0.5, 0.0, 0.5):
+        kernels.symmetric(x, x, c=x, gamma=gamma)
+    kernels.symmetric(x, x, c=x, gamma=torch.ones(2))
+    assert log == ["quack", "triton", "quack", "triton"]
 
 
 def test_extras_are_those_of_the_first_member(members):

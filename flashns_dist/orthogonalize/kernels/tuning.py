@@ -15,7 +15,7 @@ import torch
 CACHE_VARIABLE = "FLASHNS_DIST_CACHE"
 TUNE_VARIABLE = "FLASHNS_DIST_TUNE"
 # Raised when kernels change so much that what was measured before should be measured again.
-KERNELS_VERSION = 5
+KERNELS_VERSION = 6
 _QUEUED_CALLS = 4
 _QUEUEING_CYCLES = 3_000_000  # 1.5 to 2 ms
 
@@ -131,16 +131,20 @@ def measure(call: Callable[[], object]) -> float:
 
 
 def fastest(
-    candidates: Sequence[tuple[str, Callable[[], object]]], *, rounds: int = 5
+    candidates: Sequence[tuple[str, Callable[[], object]]],
+    *,
+    rounds: int = 6,
+    advantage: float = 0.0,
 ) -> tuple[int, dict[str, float]]:
     """Index of the fastest candidate, and the median seconds of each; one that fails is left out.
 
-    Candidates are compiled first and then take turns, so that they are measured alike: the device's
-    clock depends on what ran before.
+    Candidates are compiled first and then take turns, forwards and backwards, so that they are
+    measured alike: the device's clock depends on what ran before.
 
     Args:
         candidates: Name and call of each.
         rounds: How often each is measured, after a round that does not count.
+        advantage: The part of its time by which another has to beat the first candidate.
 
     Raises:
         RuntimeError: If every candidate fails.
@@ -156,9 +160,11 @@ def fastest(
             times[index] = []
     if not times:
         raise RuntimeError("no candidate runs on this device: " + "; ".join(errors))
-    for _ in range(1 + rounds):
-        for index, found in times.items():
-            found.append(measure(candidates[index][1]))
+    for turn in range(1 + rounds):
+        for index in sorted(times, reverse=turn % 2 == 1):
+            times[index].append(measure(candidates[index][1]))
     medians = {index: statistics.median(found[1:]) for index, found in times.items()}
     best = min(medians, key=lambda index: medians[index])
+    if 0 in medians and medians[best] > (1 - advantage) * medians[0]:
+        best = 0
     return best, {candidates[index][0]: seconds for index, seconds in medians.items()}
