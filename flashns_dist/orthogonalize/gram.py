@@ -109,14 +109,15 @@ def run_steps(
         otherwise.
     """
     product = kernels.symmetric
-    factor = step_factor(kernels, matrix, rows[0], scale)
+    total = factor = step_factor(kernels, matrix, rows[0], scale)
     if len(rows) == 1:
         return factor, slope(rows[0])
-    total = add_identity(factor, slope(rows[0]))
     for before, row in pairwise(rows):
         a = slope(before)
         half = product(matrix, factor, alpha=scale, c=matrix, beta=a * scale)
         matrix, scale = product(factor, half, c=half, beta=a), 1.0
+        if total is factor:  # in the first step, whose factor nothing else reads from here on
+            add_identity(total, a)
         factor = step_factor(kernels, matrix, row)
         total = product(total, factor, c=total, beta=slope(row))
     return total, 0.0

@@ -99,10 +99,9 @@ def scaled(matrix: Tensor, factor: Scalar) -> Tensor:
 
 
 def add_identity(matrix: Tensor, value: float) -> Tensor:
-    """``matrix + value * I``, as a new tensor."""
-    result = matrix.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(value)
-    return result
+    """Adds ``value * I`` to ``matrix``, in place, and returns it."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(value)
+    return matrix
 
 
 def entry_scale(n: int, m: int) -> float:

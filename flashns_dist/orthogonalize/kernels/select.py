@@ -98,14 +98,14 @@ class CublasKernels(TorchKernels):
 class SelectedKernels:
     """Each product from the member that was measured to be fastest for its problem.
 
-    A problem is a product, what is added to it, its shape, the batch rounded up to a power of two, the dtype and the
-    device. A choice is read from the disk cache; a problem that is not there is measured if
-    ``$FLASHNS_DIST_TUNE`` asks for it. Otherwise it goes to the first member, or to ``"torch"`` if
-    it is ``a x`` alone, neither added to nor transposed nor converted: with those on cuBLAS the
-    Gram iteration was 1.01 to 1.33 times as fast at eleven shapes on an H200 ("gram iteration" in
-    docs/benchmarks/kernels-h200.jsonl, from CUDA graphs). Members differ in the last bits (cuBLAS
-    and quack add in an order of their own), so that ranks that must agree bitwise must share one
-    cache, or measure nothing.
+    A problem is a product, what is added to it, its shape, the batch rounded up to a power of two,
+    the dtype and the device. A choice is read from the disk cache; a problem that is not there is
+    measured if ``$FLASHNS_DIST_TUNE`` asks for it. Otherwise it goes to the first member, or to
+    ``"torch"`` if it is ``a x`` alone, neither added to nor transposed nor converted: with those on
+    cuBLAS the Gram iteration was 1.01 to 1.33 times as fast at eleven shapes on an H200 ("gram
+    iteration" in docs/benchmarks/kernels-h200.jsonl, from CUDA graphs). Members differ in the last
+    bits (cuBLAS and quack add in an order of their own), so that ranks that must agree bitwise must
+    share one cache, or measure nothing.
 
     Args:
         members: Backends by name; the first is the default, and carries everything that is not
