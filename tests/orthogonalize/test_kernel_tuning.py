@@ -88,7 +88,7 @@ def test_candidates_that_fail_are_left_out(monkeypatch):
         raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(tuning, "warm_up", lambda call: call())
-    monkeypatch.setattr(tuning, "measure", lambda call: call())
+    monkeypatch.setattr(tuning, "measure", lambda call, _: call())
     best, seconds = fastest([("slow", lambda: 2.0), ("broken", broken), ("fast", lambda: 1.0)])
     assert best == 2
     assert seconds == {"slow": 2.0, "fast": 1.0}
@@ -99,7 +99,7 @@ def test_candidates_that_fail_are_left_out(monkeypatch):
 def test_a_clock_that_changes_while_candidates_are_measured_does_not_choose(monkeypatch):
     compiled, clock = [], [1.0]
 
-    def measure(call):
+    def measure(call, _):
         assert len(compiled) == 3  # nothing is compiled between measurements
         clock[0] *= 0.97
         return call() * clock[0]
@@ -114,14 +114,14 @@ def test_a_clock_that_changes_while_candidates_are_measured_does_not_choose(monk
 def test_turns_go_forwards_and_backwards(monkeypatch):
     turns = []
     monkeypatch.setattr(tuning, "warm_up", lambda call: None)
-    monkeypatch.setattr(tuning, "measure", lambda call: turns.append(call()) or 1.0)
+    monkeypatch.setattr(tuning, "measure", lambda call, _: turns.append(call()) or 1.0)
     fastest([(name, lambda name=name: name) for name in "abc"], rounds=2)
     assert "".join(turns) == "abccbaabc"
 
 
 def test_another_candidate_has_to_gain_what_is_asked_for(monkeypatch):
     monkeypatch.setattr(tuning, "warm_up", lambda call: None)
-    monkeypatch.setattr(tuning, "measure", lambda call: call())
+    monkeypatch.setattr(tuning, "measure", lambda call, _: call())
     candidates = [("first", lambda: 1.0), ("second", lambda: 0.97)]
     assert fastest(candidates)[0] == 1
     assert fastest(candidates, advantage=0.05)[0] == 0
@@ -166,7 +166,7 @@ def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
     def measured(candidates, **_):
         names = [name for name, _ in candidates]
         order.append(names)
-        return names.index("quack"), dict.fromkeys(names, 1.0)
+        return len(names) - 1, dict.fromkeys(names, 1.0)
 
     monkeypatch.setattr(select, "fastest", measured)
     x = torch.randn(2, 4, 8).half()
@@ -175,7 +175,8 @@ def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
     kernels.gram(x[:, :, :8])
     kernels.product(kernels.gram(x), x, transpose=True)
     # torch has no symmetric product of half the work, so it is not among those measured.
-    assert order == [["triton", "quack"], ["triton", "torch", "quack"]]
+    assert order[:2] == [["triton"], ["triton", "quack"]]
+    assert order[2:] == [["triton", "torch"], ["triton", "torch", "quack"]]
     assert set(log) == {"quack"}
     log.clear()
     again = SelectedKernels(backends, tune=False, cache=TuningCache(tmp_path))
@@ -185,11 +186,34 @@ def test_the_fastest_member_is_kept(members, tmp_path, monkeypatch):
     assert log == ["quack", "triton", "triton"]
 
 
+def test_what_is_not_recorded_has_no_place_in_short_products(members, tmp_path, monkeypatch):
+    def measured(candidates, **_):
+        return len(candidates) - 1, {name: 2e-5 for name, _ in candidates}
+
+    monkeypatch.setattr(select, "fastest", measured)
+    backends, log = members
+    x = torch.randn(2, 4, 8).half()
+    kernels = SelectedKernels(backends, tune=True, cache=TuningCache(tmp_path))
+    kernels.product(kernels.gram(x), x)
+    assert log == ["triton", "torch"]
+
+
+def test_a_candidate_goes_on_for_as_long_as_asked(monkeypatch):
+    counts = []
+    monkeypatch.setattr(tuning, "_in_a_row", lambda call, count: counts.append(count) or 0.25)
+    assert tuning.measure(lambda: None, 0.0) == tuning.measure(lambda: None, 10.0) == 0.25
+    assert counts == [4, 4, 40]
+
+
 def test_a_product_with_an_identity_is_a_problem_of_its_own(members, tmp_path, monkeypatch):
     # quack hands such products on: what is measured for them says nothing about the others.
     backends, log = members
-    choices = iter((1, 0))  # quack, then triton; torch is no candidate
-    monkeypatch.setattr(select, "fastest", lambda found, **_: (next(choices), {}))
+    choices = iter((0, 1, 0, 0))  # quack, then triton, each after triton alone
+
+    def measured(candidates, **_):
+        return next(choices), {name: 1.0 for name, _ in candidates}
+
+    monkeypatch.setattr(select, "fastest", measured)
     kernels = SelectedKernels(backends, tune=True, cache=TuningCache(tmp_path))
     x = torch.randn(2, 4, 4).half()
     for gamma in (0.5, 0.0, 0.5):

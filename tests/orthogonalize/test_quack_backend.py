@@ -25,7 +25,10 @@ class StandIn(types.ModuleType):
     def gemm_symmetric(self, a, b, C=None, out=None, alpha=1.0, beta=1.0):
         self.calls.append("gemm_symmetric")
         result = alpha * a.double() @ b.double()
-        result = (result if C is None else result + beta * C.double()).to(a.dtype)
+        result = result if C is None else result + beta * C.double()
+        if a.data_ptr() != b.data_ptr():  # what it does not mirror is not symmetric
+            result += 0.1 * torch.ones_like(result).triu(1)
+        result = result.to(a.dtype)
         return result if out is None else out.copy_(result)
 
     def gemm(self, a, b, out=None, alpha=1.0, out_dtype=None, tuned=True):
@@ -47,7 +50,7 @@ def quack(monkeypatch):
     monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", stand_in)
     monkeypatch.setattr(quack_backend, "unavailable", lambda: None)
-    monkeypatch.setattr(quack_backend, "_other_backend", TorchKernels)
+    monkeypatch.setattr(quack_backend, "_others", lambda: (TorchKernels(), mirror_diagonal_blocks))
     monkeypatch.setattr(
         quack_backend, "_fits", lambda first, *others: first.dtype in (torch.float16,)
     )
@@ -70,10 +73,13 @@ def test_products_are_those_of_torch(quack):
             expected = reference.product(gram, x, dtype=torch.bfloat16, **options)
             assert result.dtype == torch.bfloat16
             assert torch.allclose(result, expected, rtol=2e-2, atol=1e-3)
-    square = kernels.symmetric(gram, gram, alpha=0.5, c=gram, beta=3.0)
-    expected = reference.symmetric(gram, gram, alpha=0.5, c=gram, beta=3.0)
-    assert torch.allclose(square, expected, rtol=2e-3, atol=1e-4)
-    assert torch.equal(square, square.mT)
+    for factor in (gram, gram.clone()):
+        for gamma in (0.0, 0.25):
+            options = {"alpha": 0.5, "c": gram, "beta": 3.0, "gamma": gamma}
+            result = kernels.symmetric(gram, factor, **options)
+            expected = reference.symmetric(gram, factor, **options)
+            assert torch.allclose(result, expected, rtol=2e-3, atol=1e-4)
+            assert torch.equal(result, result.mT)
     assert set(quack.calls) == {"gemm_symmetric", "gemm", "gemm_add"}
 
 
@@ -82,7 +88,7 @@ def test_what_quack_lacks_goes_to_the_other_backend(quack):
     x = random(2, 16, 24)
     gram = reference.gram(x)
     each = torch.tensor([1.0, 2.0])
-    for alpha, gamma in ((each, 0.0), (1.0, 2.0)):
+    for alpha, gamma in ((each, 0.0), (1.0, each)):
         result = kernels.symmetric(gram, gram, alpha=alpha, gamma=gamma)
         assert torch.equal(result, reference.symmetric(gram, gram, alpha=alpha, gamma=gamma))
     scale = torch.rand(2, 16)
@@ -129,8 +135,13 @@ class TestOnDevice:
             exact = x.double() @ x.double().mT
             limit = 1.25 * (reference.gram(x).double() - exact).norm()
             assert (gram.double() - exact).norm() <= limit
-            square = kernels.symmetric(gram, gram, alpha=0.3, c=gram, beta=0.7)
-            assert torch.equal(square, square.mT)
+            for factor in (gram, gram.clone()):
+                options = {"alpha": 0.3, "c": gram, "beta": 0.7, "gamma": 0.5}
+                square = kernels.symmetric(gram, factor, **options)
+                assert torch.equal(square, square.mT)
+                expected = reference.symmetric(gram.double(), factor.double(), **options)
+                found = (square.double() - expected).norm() / expected.norm()
+                assert found <= 1e-3
             for transpose in (False, True):
                 result = kernels.product(gram, x, c=x, beta=2.0, transpose=transpose)
                 exact = gram.double() @ x.double() + 2 * x.double()

@@ -23,9 +23,13 @@ from flashns_dist.orthogonalize import METHODS, orthogonalize  # noqa: E402
 from flashns_dist.orthogonalize.gram import run_steps  # noqa: E402
 from flashns_dist.orthogonalize.kernels.combine import combine  # noqa: E402
 from flashns_dist.orthogonalize.kernels.interface import Multiple  # noqa: E402
+from flashns_dist.orthogonalize.kernels.quack_backend import (  # noqa: E402
+    mirror_diagonal_blocks,
+)
 from flashns_dist.orthogonalize.kernels.torch_ops import TorchKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_backend import TritonKernels  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_configs import TileConfig  # noqa: E402
+from flashns_dist.orthogonalize.kernels.triton_passes import launch_mirror  # noqa: E402
 from flashns_dist.orthogonalize.kernels.triton_tiles import (  # noqa: E402
     triangle_tile,
     triangle_wide,
@@ -251,6 +255,17 @@ def test_the_upper_triangle_of_c_is_not_read():
     poisoned[:, 0, 39] = torch.nan
     expected = kernels.symmetric(a, a, c=a, beta=1.0)
     assert torch.equal(kernels.symmetric(a, a, c=poisoned, beta=1.0), expected)
+
+
+@pytest.mark.parametrize("n", [64, 100, 256, 300])
+def test_squares_on_the_diagonal_are_mirrored_as_torch_does_it(n):
+    for rows in (True, False):
+        matrix = random(2, n, n, dtype=torch.float16)
+        matrix = matrix if rows else matrix.mT
+        expected = matrix.clone()
+        mirror_diagonal_blocks(expected, 128)
+        launch_mirror(matrix, 128)
+        assert torch.equal(matrix, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 33), (1, 182, 200)])

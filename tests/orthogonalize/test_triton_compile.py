@@ -27,7 +27,7 @@ from flashns_dist.orthogonalize.kernels.triton_normalize import (
     inverse_norms_kernel, scale_transpose_kernel)
 from flashns_dist.orthogonalize.kernels.triton_sketch import scale_sketch_kernel, sketch_kernel
 from flashns_dist.orthogonalize.kernels.triton_product import (
-    combine_kernel, product_kernel, scale_columns_kernel)
+    combine_kernel, mirror_kernel, product_kernel, scale_columns_kernel)
 from flashns_dist.orthogonalize.kernels.triton_symmetric import symmetric_kernel
 
 TOOL = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -158,6 +158,7 @@ def smalls(arch):
         yield small(combine_kernel, arch, constants, **pieces)
     yield small(scale_columns_kernel, arch, {"BLOCK_N": 32, "BLOCK_M": 128, "stride_ac": 1},
         a="*fp16", scale=fp32, out="*fp16")
+    yield small(mirror_kernel, arch, {"SQUARE": 256, "BLOCK": 64}, matrix="*fp16")
     shape = {"K": 64, "BLOCK": 64, "PRECISION": "bf16x3"}
     rows = {"BASIS_ROW": BASIS_ROW, "SHRINK_ROW": SHRINK_ROW, "WEIGHT": 1.0}
     yield small(small_triton.shrink_kernel, arch, shape | rows, 4, 4, image="*bf16", signs="*bf16",

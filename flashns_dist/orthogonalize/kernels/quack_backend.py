@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,9 @@ class QuackKernels:
     """``interface.Kernels`` on quack's GEMMs; see there for what each method computes.
 
     What quack does not offer goes to the Triton backend where that can be imported, and to torch
-    otherwise: normalization, column scales, multiples of the identity, scalars that differ by
-    matrix, fp32, and layouts that bulk copies cannot express.
+    otherwise: normalization, column scales, shifted factors, scalars that differ by matrix, fp32,
+    and layouts that bulk copies cannot express. Multiples of the identity are added to what quack
+    has rounded: the diagonal is rounded twice.
 
     Raises:
         ImportError: If quack cannot be used here, with the reason.
@@ -68,7 +70,7 @@ class QuackKernels:
         if reason is not None:
             raise ImportError(reason)
         self._quack: Any = importlib.import_module("quack.gemm_interface")
-        self._other = _other_backend()
+        self._other, self._mirror = _others()
 
     def normalize(
         self, x: Tensor, *, dtype: torch.dtype, transpose: bool, scale: Scalar = 1.0
@@ -97,16 +99,19 @@ class QuackKernels:
         alpha, beta, gamma = (
             options.get("alpha", 1.0),
             options.get("beta", 0.0),
-            options.get("gamma"),
+            options.get("gamma", 0.0),
         )
         c, out = options.get("c"), options.get("out")
-        plain = is_number(gamma) and not gamma and _fits(a, b, c, out) and a.numel() > 0
-        if not (plain and is_number(alpha) and is_number(beta)):
+        plain = _fits(a, b, c, out) and a.numel() > 0
+        if not (plain and is_number(alpha) and is_number(beta) and is_number(gamma)):
             return self._other.symmetric(a, b, **options)
         result: Tensor = self._quack.gemm_symmetric(
             a, b, C=c, out=out, alpha=float(alpha), beta=float(beta)
         )
-        mirror_diagonal_blocks(result, _DIAGONAL_BLOCK)
+        if not _same(a, b):  # a symmetric matrix's square is symmetric as computed
+            self._mirror(result, _DIAGONAL_BLOCK)
+        if gamma:
+            result.diagonal(dim1=-2, dim2=-1).add_(gamma)
         return result
 
     def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
@@ -142,16 +147,15 @@ def mirror_diagonal_blocks(matrix: Tensor, block: int) -> None:
         matrix: ``(batch, n, n)``, symmetric outside the squares of size ``block``.
         block: Their size; the last one may be smaller.
     """
-    batch, n, _ = matrix.shape
-    batch_stride, row, col = matrix.stride()
-    full = n // block
-    squares = matrix.as_strided(
-        (batch, full, block, block), (batch_stride, block * (row + col), row, col)
-    )
-    for square in (squares, matrix[:, full * block :, full * block :]):
-        if square.numel():
-            lower = square.tril()
-            square.copy_(lower + lower.tril(-1).mT)
+    for begin in range(0, matrix.shape[-1], block):
+        square = matrix[:, begin : begin + block, begin : begin + block]
+        lower = square.tril()
+        square.copy_(lower + lower.tril(-1).mT)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory, read the same way."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 def _fits(first: Tensor, *others: Tensor | None) -> bool:
@@ -163,9 +167,10 @@ def _fits(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _other_backend() -> Kernels:
+def _others() -> tuple[Kernels, Callable[[Tensor, int], None]]:
+    """What computes everything else, and what mirrors squares on the diagonal."""
     if importlib.util.find_spec("triton") is None:
-        return TorchKernels()
-    module = importlib.import_module("flashns_dist.orthogonalize.kernels.triton_backend")
-    kernels: Kernels = module.TritonKernels()
-    return kernels
+        return TorchKernels(), mirror_diagonal_blocks
+    prefix = "flashns_dist.orthogonalize.kernels"
+    kernels: Kernels = importlib.import_module(f"{prefix}.triton_backend").TritonKernels()
+    return kernels, importlib.import_module(f"{prefix}.triton_passes").launch_mirror

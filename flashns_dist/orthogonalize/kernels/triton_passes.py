@@ -25,7 +25,11 @@ from flashns_dist.orthogonalize.kernels.triton_prepared import (
     argument,
     key_and_values,
 )
-from flashns_dist.orthogonalize.kernels.triton_product import combine_kernel, scale_columns_kernel
+from flashns_dist.orthogonalize.kernels.triton_product import (
+    combine_kernel,
+    mirror_kernel,
+    scale_columns_kernel,
+)
 from flashns_dist.orthogonalize.kernels.triton_sketch import scale_sketch_kernel, sketch_kernel
 from flashns_dist.orthogonalize.kernels.triton_small import gram_space_kernel
 
@@ -260,3 +264,22 @@ def launch_combine(a: Tensor, b: Tensor, scalars: tuple[float | Tensor, ...], ou
         )  # fmt: skip
 
     run(launch, (a, b, out), scalars, "combine", a.shape)
+
+
+def launch_mirror(matrix: Tensor, square: int) -> None:
+    """Writes the lower triangle of each square on the diagonal over its upper one, in place.
+
+    Args:
+        matrix: ``(batch, n, n)``, symmetric outside the squares.
+        square: Their size, a power of two and at least 64; the last one may be smaller.
+    """
+    batch, n, _ = matrix.shape
+    blocks = square // 64
+
+    def launch() -> Launch:
+        return Launch(
+            mirror_kernel, (-(-n // square) * (blocks * (blocks + 1) // 2), batch), (matrix,),
+            (n, *matrix.stride()), {"SQUARE": square, "BLOCK": 64}, {"num_warps": 4},
+        )  # fmt: skip
+
+    run(launch, (matrix,), (), "mirror", matrix.shape, square)

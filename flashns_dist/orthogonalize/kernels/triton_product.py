@@ -170,3 +170,31 @@ def combine_kernel(
         mirrored = base + s[:, None].to(tl.int64) * n + r[None, :]
         tl.store(out + mirrored, result.T, mask=(s[:, None] < n) & (r[None, :] < n))
     tl.store(out + offsets, result, mask=mask)
+
+
+@triton.jit
+def mirror_kernel(
+    matrix,  # (batch, n, n)
+    n,
+    stride_b,
+    stride_r,
+    stride_c,
+    SQUARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the lower triangle of each square on the diagonal over its upper one, in place.
+
+    One program reads one block of a square's lower triangle and writes its mirror image.
+    """
+    BLOCKS: tl.constexpr = SQUARE // BLOCK
+    TRIANGLE: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
+    square = tl.program_id(0) // TRIANGLE * SQUARE
+    batch = tl.program_id(1).to(tl.int64)
+    row, col = triangle_tile(tl.program_id(0) % TRIANGLE, BLOCKS, 1)
+    r = square + row * BLOCK + tl.arange(0, BLOCK)
+    s = square + col * BLOCK + tl.arange(0, BLOCK)
+    lower = (r[:, None] > s[None, :]) & (r[:, None] < n)
+    base = matrix + batch * stride_b
+    source = base + r[:, None].to(tl.int64) * stride_r + s[None, :].to(tl.int64) * stride_c
+    target = base + s[None, :].to(tl.int64) * stride_r + r[:, None].to(tl.int64) * stride_c
+    tl.store(target, tl.load(source, mask=lower), mask=lower)

@@ -109,7 +109,7 @@ def warm_up(call: Callable[[], object]) -> None:
     torch.cuda.synchronize()
 
 
-def measure(call: Callable[[], object]) -> float:
+def measure(call: Callable[[], object], seconds: float = 0.0) -> float:
     """Seconds of ``call`` on the current CUDA device, from a few calls in a row.
 
     They are queued while the device waits, so that what the host takes to launch them, more than
@@ -117,17 +117,23 @@ def measure(call: Callable[[], object]) -> float:
 
     Args:
         call: Launches the work on the current stream; warm.
+        seconds: How long to go on; the few calls say how many that are.
     """
+    found = _in_a_row(call, _QUEUED_CALLS)
+    return _in_a_row(call, int(seconds / found)) if seconds > _QUEUED_CALLS * found else found
+
+
+def _in_a_row(call: Callable[[], object], count: int) -> float:
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(_QUEUEING_CYCLES)
     start.record()
-    for _ in range(_QUEUED_CALLS):
+    for _ in range(count):
         call()
     end.record()
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
-    return milliseconds / 1e3 / _QUEUED_CALLS
+    return milliseconds / 1e3 / count
 
 
 def fastest(
@@ -135,6 +141,7 @@ def fastest(
     *,
     rounds: int = 6,
     advantage: float = 0.0,
+    seconds: float = 0.0,
 ) -> tuple[int, dict[str, float]]:
     """Index of the fastest candidate, and the median seconds of each; one that fails is left out.
 
@@ -145,6 +152,8 @@ def fastest(
         candidates: Name and call of each.
         rounds: How often each is measured, after a round that does not count.
         advantage: The part of its time by which another has to beat the first candidate.
+        seconds: How long a candidate runs each time it is measured; a few calls if that is longer.
+            Where power limits the clock, one that takes less shows it only when it runs for long.
 
     Raises:
         RuntimeError: If every candidate fails.
@@ -162,7 +171,7 @@ def fastest(
         raise RuntimeError("no candidate runs on this device: " + "; ".join(errors))
     for turn in range(1 + rounds):
         for index in sorted(times, reverse=turn % 2 == 1):
-            times[index].append(measure(candidates[index][1]))
+            times[index].append(measure(candidates[index][1], seconds))
     medians = {index: statistics.median(found[1:]) for index, found in times.items()}
     best = min(medians, key=lambda index: medians[index])
     if 0 in medians and medians[best] > (1 - advantage) * medians[0]:
