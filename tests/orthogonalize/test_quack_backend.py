@@ -74,12 +74,11 @@ def test_products_are_those_of_torch(quack):
             assert result.dtype == torch.bfloat16
             assert torch.allclose(result, expected, rtol=2e-2, atol=1e-3)
     for factor in (gram, gram.clone()):
-        for gamma in (0.0, 0.25):
-            options = {"alpha": 0.5, "c": gram, "beta": 3.0, "gamma": gamma}
-            result = kernels.symmetric(gram, factor, **options)
-            expected = reference.symmetric(gram, factor, **options)
-            assert torch.allclose(result, expected, rtol=2e-3, atol=1e-4)
-            assert torch.equal(result, result.mT)
+        options = {"alpha": 0.5, "c": gram, "beta": 3.0}
+        result = kernels.symmetric(gram, factor, **options)
+        expected = reference.symmetric(gram, factor, **options)
+        assert torch.allclose(result, expected, rtol=2e-3, atol=1e-4)
+        assert torch.equal(result, result.mT)
     assert set(quack.calls) == {"gemm_symmetric", "gemm", "gemm_add"}
 
 
@@ -88,7 +87,7 @@ def test_what_quack_lacks_goes_to_the_other_backend(quack):
     x = random(2, 16, 24)
     gram = reference.gram(x)
     each = torch.tensor([1.0, 2.0])
-    for alpha, gamma in ((each, 0.0), (1.0, each)):
+    for alpha, gamma in ((each, 0.0), (1.0, 2.0)):
         result = kernels.symmetric(gram, gram, alpha=alpha, gamma=gamma)
         assert torch.equal(result, reference.symmetric(gram, gram, alpha=alpha, gamma=gamma))
     scale = torch.rand(2, 16)
@@ -136,7 +135,7 @@ class TestOnDevice:
             limit = 1.25 * (reference.gram(x).double() - exact).norm()
             assert (gram.double() - exact).norm() <= limit
             for factor in (gram, gram.clone()):
-                options = {"alpha": 0.3, "c": gram, "beta": 0.7, "gamma": 0.5}
+                options = {"alpha": 0.3, "c": gram, "beta": 0.7}
                 square = kernels.symmetric(gram, factor, **options)
                 assert torch.equal(square, square.mT)
                 expected = reference.symmetric(gram.double(), factor.double(), **options)

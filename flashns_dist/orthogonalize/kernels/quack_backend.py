@@ -55,9 +55,8 @@ class QuackKernels:
     """``interface.Kernels`` on quack's GEMMs; see there for what each method computes.
 
     What quack does not offer goes to the Triton backend where that can be imported, and to torch
-    otherwise: normalization, column scales, shifted factors, scalars that differ by matrix, fp32,
-    and layouts that bulk copies cannot express. Multiples of the identity are added to what quack
-    has rounded: the diagonal is rounded twice.
+    otherwise: normalization, column scales, multiples of the identity, scalars that differ by
+    matrix, fp32, and layouts that bulk copies cannot express.
 
     Raises:
         ImportError: If quack cannot be used here, with the reason.
@@ -99,19 +98,17 @@ class QuackKernels:
         alpha, beta, gamma = (
             options.get("alpha", 1.0),
             options.get("beta", 0.0),
-            options.get("gamma", 0.0),
+            options.get("gamma"),
         )
         c, out = options.get("c"), options.get("out")
-        plain = _fits(a, b, c, out) and a.numel() > 0
-        if not (plain and is_number(alpha) and is_number(beta) and is_number(gamma)):
+        plain = is_number(gamma) and not gamma and _fits(a, b, c, out) and a.numel() > 0
+        if not (plain and is_number(alpha) and is_number(beta)):
             return self._other.symmetric(a, b, **options)
         result: Tensor = self._quack.gemm_symmetric(
             a, b, C=c, out=out, alpha=float(alpha), beta=float(beta)
         )
         if not _same(a, b):  # a symmetric matrix's square is symmetric as computed
             self._mirror(result, _DIAGONAL_BLOCK)
-        if gamma:
-            result.diagonal(dim1=-2, dim2=-1).add_(gamma)
         return result
 
     def product(self, a: Tensor, x: Tensor, **options: Unpack[ProductOptions]) -> Tensor:
